@@ -1,0 +1,1 @@
+"""The compiler: trace, partition, lower, weights."""

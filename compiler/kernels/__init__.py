@@ -1,0 +1,1 @@
+"""Kernel generators: one PrimFunc for the shapes and the target asked for."""

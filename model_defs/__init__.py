@@ -1,0 +1,1 @@
+"""Model definitions: one file a family, global shapes, no word about parallelism."""

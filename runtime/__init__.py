@@ -1,0 +1,1 @@
+"""The runtime: artefact, session, engine, chat. Never imports the TVM compiler."""
