@@ -1,1 +1,38 @@
-"""Model definitions: one file a family, global shapes, no word about parallelism."""
+"""Model definitions: one file a family, global shapes, no word about parallelism.
+
+`FAMILIES` maps the `architectures` entry of a checkpoint's config.json to its family. A family is
+a module class `Model(config, dtype)` with `forward` and `logits` as in `llama.py`, and a frozen
+config class with `from_hf`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from shardwright.errors import ConfigError
+from shardwright.model_defs.config import LlamaConfig
+from shardwright.model_defs.llama import LlamaForCausalLM
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the compiler needs to know of a model family."""
+
+    config: type[LlamaConfig]
+    model: type[LlamaForCausalLM]
+
+
+FAMILIES: dict[str, Family] = {"LlamaForCausalLM": Family(LlamaConfig, LlamaForCausalLM)}
+
+
+def family_of(config: dict[str, Any]) -> tuple[str, Family]:
+    """The architecture's name and its family. Raises ConfigError for one that is not supported."""
+    names = config.get("architectures") or []
+    for name in names:
+        if name in FAMILIES:
+            return name, FAMILIES[name]
+    raise ConfigError(
+        f"config.json: architectures {names} is not supported; this version compiles "
+        f"{', '.join(FAMILIES)}"
+    )

@@ -1,0 +1,125 @@
+"""Layers and abstract operations shared by the model families.
+
+Every parameter names its dimensions with logical axes (`vocab`, `embed`, `heads`, `kv_heads`,
+`mlp`); the compiler decides what a logical axis means on N devices. An abstract operation is a
+`call_dps_packed` of a name the compiler knows: it has a sharding rule there and no kernel yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import op
+
+Axes = tuple[str, ...]
+
+
+def parameter(shape: tuple[int, ...], axes: Axes, dtype: str) -> nn.Parameter:
+    """A parameter of global `shape` whose dimensions carry the logical names `axes`."""
+    param = nn.Parameter(shape, dtype)
+    param.attrs["axes"] = axes
+    return param
+
+
+class Linear(nn.Module):
+    """`x @ weight.T + bias`, weight [out, in] with logical axes (out, in)."""
+
+    def __init__(self, shape: tuple[int, int], axes: Axes, bias: bool, dtype: str) -> None:
+        self.weight = parameter(shape, axes, dtype)
+        self.bias = parameter(shape[:1], axes[:1], dtype) if bias else None
+
+    def forward(self, x: nn.Tensor) -> nn.Tensor:
+        """x [n, in] -> [n, out]."""
+        y = op.matmul(x, op.permute_dims(self.weight))
+        return y if self.bias is None else op.add(y, self.bias)
+
+
+class Embedding(nn.Module):
+    """A table [vocab, embed]: looks rows up, and serves as the output matrix where tied."""
+
+    def __init__(self, shape: tuple[int, int], dtype: str) -> None:
+        self.weight = parameter(shape, ("vocab", "embed"), dtype)
+
+    def forward(self, ids: nn.Tensor) -> nn.Tensor:
+        """ids int32 [n] -> [n, embed]."""
+        return op.take(self.weight, ids, axis=0)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float, dtype: str) -> None:
+        self.weight = parameter((size,), ("embed",), dtype)
+        self.eps = eps
+
+    def forward(self, x: nn.Tensor) -> nn.Tensor:
+        """x [n, embed] -> [n, embed]."""
+        return op.rms_norm(x, self.weight, axes=-1, epsilon=self.eps)
+
+
+def output_logits(x: nn.Tensor, weight: nn.Tensor) -> nn.Tensor:
+    """Logits float32 [n, vocab] of hidden states x [n, embed]."""
+    return op.matmul(x, op.permute_dims(weight), out_dtype="float32")
+
+
+@dataclass
+class Cache:
+    """The paged KV cache as one forward pass sees it.
+
+    k_pages, v_pages: [layers, pages, kv_heads, page, head_dim], updated in place;
+    page_table: int32 [batch, max_pages]; rows, positions: int32 [n], the batch row of each token
+    and its index in that row, -1 for a token to ignore.
+    """
+
+    k_pages: nn.Tensor
+    v_pages: nn.Tensor
+    page_table: nn.Tensor
+    rows: nn.Tensor
+    positions: nn.Tensor
+
+    def append(
+        self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, rotary: nn.Tensor, layer: int
+    ) -> nn.Tensor:
+        """Rotate q [n, heads, head_dim] and k, store k and v [n, kv_heads, head_dim]; rotated q."""
+        out, self.k_pages, self.v_pages = op.extern(
+            "shardwright.rotary_append",
+            [q, k, v, rotary, self.k_pages, self.v_pages]
+            + [self.page_table, self.rows, self.positions, layer],
+            out=[_like(q), _like(self.k_pages), _like(self.v_pages)],
+        )
+        return out
+
+    def attend(self, q: nn.Tensor, layer: int, scale: float) -> nn.Tensor:
+        """Causal attention of q [n, heads, head_dim] over the cache; same shape."""
+        return op.extern(
+            "shardwright.attention",
+            [q, self.k_pages, self.v_pages, self.page_table, self.rows, self.positions]
+            + [layer, scale],
+            out=_like(q),
+        )
+
+
+def rotary_table(
+    positions: nn.Tensor,
+    lengths: nn.Tensor,
+    inv_freq: np.ndarray[tuple[int], np.dtype[np.float32]],
+    scale: float,
+    ntk: tuple[float, int] | None,
+) -> nn.Tensor:
+    """Cosines and sines, float32 [n, 2, head_dim / 2], of the tokens' rotary angles.
+
+    `scale` multiplies both (yarn). `ntk` = (factor, trained length) grows the base with each
+    token's sequence length in `lengths` int32 [n] once that exceeds the trained length.
+    """
+    factor, trained = ntk if ntk else (1.0, 0)
+    return op.extern(
+        "shardwright.rotary_table",
+        [positions, lengths, nn.Tensor.from_const(inv_freq), float(scale), float(factor), trained],
+        out=nn.Tensor.placeholder([positions.shape[0], 2, len(inv_freq)], "float32"),
+    )
+
+
+def _like(x: nn.Tensor) -> nn.Tensor:
+    return nn.Tensor.placeholder(x.shape, x.dtype)
