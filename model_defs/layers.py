@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from tvm import relax, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import op
 
@@ -64,6 +65,30 @@ def output_logits(x: nn.Tensor, weight: nn.Tensor) -> nn.Tensor:
     return op.matmul(x, op.permute_dims(weight), out_dtype="float32")
 
 
+def abstract(
+    name: str, args: list[nn.Tensor | int | float], like: list[nn.Tensor]
+) -> list[nn.Tensor]:
+    """Emit the abstract operation `shardwright.<name>`; its results have the types of `like`.
+
+    Integers and floats among `args` are attributes, known at compile time.
+    """
+
+    def convert(arg: nn.Tensor | int | float) -> relax.Expr:
+        if isinstance(arg, int):
+            return relax.prim_value(tirx.IntImm("int64", arg))
+        if isinstance(arg, float):
+            return relax.prim_value(tirx.FloatImm("float64", arg))
+        return arg._expr
+
+    call = relax.call_dps_packed(
+        f"shardwright.{name}",
+        relax.Tuple([convert(arg) for arg in args]),
+        out_ty=[x._expr.ty for x in like],
+    )
+    out = op.wrap_nested(call, name)
+    return [out] if isinstance(out, nn.Tensor) else list(out)
+
+
 @dataclass
 class Cache:
     """The paged KV cache as one forward pass sees it.
@@ -83,22 +108,23 @@ class Cache:
         self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, rotary: nn.Tensor, layer: int
     ) -> nn.Tensor:
         """Rotate q [n, heads, head_dim] and k, store k and v [n, kv_heads, head_dim]; rotated q."""
-        out, self.k_pages, self.v_pages = op.extern(
-            "shardwright.rotary_append",
+        out, self.k_pages, self.v_pages = abstract(
+            "rotary_append",
             [q, k, v, rotary, self.k_pages, self.v_pages]
             + [self.page_table, self.rows, self.positions, layer],
-            out=[_like(q), _like(self.k_pages), _like(self.v_pages)],
+            like=[q, self.k_pages, self.v_pages],
         )
         return out
 
     def attend(self, q: nn.Tensor, layer: int, scale: float) -> nn.Tensor:
         """Causal attention of q [n, heads, head_dim] over the cache; same shape."""
-        return op.extern(
-            "shardwright.attention",
+        (out,) = abstract(
+            "attention",
             [q, self.k_pages, self.v_pages, self.page_table, self.rows, self.positions]
             + [layer, scale],
-            out=_like(q),
+            like=[q],
         )
+        return out
 
 
 def rotary_table(
@@ -114,12 +140,10 @@ def rotary_table(
     token's sequence length in `lengths` int32 [n] once that exceeds the trained length.
     """
     factor, trained = ntk if ntk else (1.0, 0)
-    return op.extern(
-        "shardwright.rotary_table",
+    table = nn.Tensor.placeholder([positions.shape[0], 2, len(inv_freq)], "float32")
+    (out,) = abstract(
+        "rotary_table",
         [positions, lengths, nn.Tensor.from_const(inv_freq), float(scale), float(factor), trained],
-        out=nn.Tensor.placeholder([positions.shape[0], 2, len(inv_freq)], "float32"),
+        like=[table],
     )
-
-
-def _like(x: nn.Tensor) -> nn.Tensor:
-    return nn.Tensor.placeholder(x.shape, x.dtype)
+    return out
