@@ -1,0 +1,245 @@
+"""Rotary position embedding, and the append of keys and values to the paged cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from .common import SCHEDULED, extent, is_gpu
+
+
+def rotary_table(
+    *,
+    tokens: int | None,
+    half: int,
+    scale: float,
+    ntk: tuple[float, int] | None = None,
+    target: Any,
+) -> tirx.PrimFunc:
+    """Cosines and sines of each token's angles.
+
+    `(positions [n] i32, lengths [n] i32, inv_freq [half] f32) -> table [n, 2, half] f32`
+
+    `table[t, 0]` is `cos(position * inv_freq) * scale`, `table[t, 1]` the sine. With
+    `ntk = (factor, max_position)` the frequencies follow Hugging Face's "dynamic" rope scaling by
+    `lengths[t]`, the length in tokens of the token's prompt. Rows of inactive tokens
+    (position -1) hold finite numbers without meaning.
+    """
+    n = extent(tokens)
+    factor, limit = ntk if ntk else (1.0, 1)
+    # inv_freq_j = base ** (-2j / D); dynamic NTK scales base by ratio ** (D / (D - 2)).
+    step = -2.0 / max(2 * half - 2, 1)
+    dynamic = ntk is not None
+
+    if is_gpu(target):
+
+        @T.prim_func(s_tir=True)
+        def rotary_table_gpu(
+            positions_h: T.handle, lengths_h: T.handle, inv_freq_h: T.handle, table_h: T.handle
+        ):
+            T.func_attr(SCHEDULED)
+            positions = T.match_buffer(positions_h, (n,), "int32")
+            lengths = T.match_buffer(lengths_h, (n,), "int32")
+            inv_freq = T.match_buffer(inv_freq_h, (half,), "float32")
+            table = T.match_buffer(table_h, (n, 2, half), "float32")
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                for t in T.thread_binding(n, thread="blockIdx.x"):
+                    for j in T.thread_binding(half, thread="threadIdx.x"):
+                        freq: T.float32 = inv_freq[j]
+                        if dynamic:
+                            if lengths[t] > limit:
+                                ratio: T.let[T.float32] = T.cast(lengths[t], "float32") * T.float32(
+                                    factor / limit
+                                ) - T.float32(factor - 1.0)
+                                # powf, cosf, sinf by name: the intrinsics become fast-math
+                                # versions, which are wrong for angles of thousands of radians.
+                                freq = freq * T.call_pure_extern(
+                                    "float32", "powf", ratio, T.cast(j, "float32") * T.float32(step)
+                                )
+                        angle: T.let[T.float32] = T.cast(positions[t], "float32") * freq
+                        table[t, 0, j] = T.call_pure_extern("float32", "cosf", angle) * T.float32(
+                            scale
+                        )
+                        table[t, 1, j] = T.call_pure_extern("float32", "sinf", angle) * T.float32(
+                            scale
+                        )
+
+        return rotary_table_gpu
+
+    @T.prim_func(s_tir=True)
+    def rotary_table_cpu(
+        positions_h: T.handle, lengths_h: T.handle, inv_freq_h: T.handle, table_h: T.handle
+    ):
+        T.func_attr(SCHEDULED)
+        positions = T.match_buffer(positions_h, (n,), "int32")
+        lengths = T.match_buffer(lengths_h, (n,), "int32")
+        inv_freq = T.match_buffer(inv_freq_h, (half,), "float32")
+        table = T.match_buffer(table_h, (n, 2, half), "float32")
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for t in T.parallel(n):
+                for j in T.serial(half):
+                    freq: T.float32 = inv_freq[j]
+                    if dynamic:
+                        if lengths[t] > limit:
+                            ratio: T.let[T.float32] = T.cast(lengths[t], "float32") * T.float32(
+                                factor / limit
+                            ) - T.float32(factor - 1.0)
+                            freq = freq * T.pow(ratio, T.cast(j, "float32") * T.float32(step))
+                    angle: T.let[T.float32] = T.cast(positions[t], "float32") * freq
+                    table[t, 0, j] = T.cos(angle) * T.float32(scale)
+                    table[t, 1, j] = T.sin(angle) * T.float32(scale)
+
+    return rotary_table_cpu
+
+
+def rotary_append(
+    *,
+    tokens: int | None,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    layers: int,
+    pages: int,
+    page_size: int,
+    batch: int,
+    max_pages: int,
+    dtype: str,
+    target: Any,
+) -> tirx.PrimFunc:
+    """Rotate queries and keys, and append keys and values to the cache.
+
+    `(q [n,H,D], k [n,K,D], v [n,K,D], table [n,2,D/2] f32, k_pages, v_pages, page_table [B,P] i32,
+    rows [n] i32, positions [n] i32, layer i64) -> q_rot [n,H,D]`, with `k_pages` and `v_pages`
+    `[layers, pages, K, page_size, D]` written in place. Pairs are (j, j + D/2), as in Hugging Face's
+    `rotate_half`; the arithmetic is float32. Tokens of position -1 append nothing.
+    """
+    n = extent(tokens)
+    half = head_dim // 2
+    cache = (layers, pages, kv_heads, page_size, head_dim)
+    parts = heads + 2 * kv_heads
+
+    if is_gpu(target):
+
+        @T.prim_func(s_tir=True)
+        def rotary_append_gpu(
+            q_h: T.handle,
+            k_h: T.handle,
+            v_h: T.handle,
+            table_h: T.handle,
+            k_pages_h: T.handle,
+            v_pages_h: T.handle,
+            page_table_h: T.handle,
+            rows_h: T.handle,
+            positions_h: T.handle,
+            layer: T.int64,
+            q_rot_h: T.handle,
+        ):
+            T.func_attr(SCHEDULED)
+            q = T.match_buffer(q_h, (n, heads, head_dim), dtype)
+            k = T.match_buffer(k_h, (n, kv_heads, head_dim), dtype)
+            v = T.match_buffer(v_h, (n, kv_heads, head_dim), dtype)
+            table = T.match_buffer(table_h, (n, 2, half), "float32")
+            k_pages = T.match_buffer(k_pages_h, cache, dtype)
+            v_pages = T.match_buffer(v_pages_h, cache, dtype)
+            page_table = T.match_buffer(page_table_h, (batch, max_pages), "int32")
+            rows = T.match_buffer(rows_h, (n,), "int32")
+            positions = T.match_buffer(positions_h, (n,), "int32")
+            q_rot = T.match_buffer(q_rot_h, (n, heads, head_dim), dtype)
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                # One block per token and head (query heads, then key heads, then value heads), one
+                # thread per pair.
+                for t in T.thread_binding(n, thread="blockIdx.x"):
+                    for part in T.thread_binding(parts, thread="blockIdx.y"):
+                        for j in T.thread_binding(half, thread="threadIdx.x"):
+                            if part < heads:
+                                c: T.let[T.float32] = table[t, 0, j]
+                                s: T.let[T.float32] = table[t, 1, j]
+                                a: T.let[T.float32] = T.cast(q[t, part, j], "float32")
+                                b: T.let[T.float32] = T.cast(q[t, part, j + half], "float32")
+                                q_rot[t, part, j] = T.cast(a * c - b * s, dtype)
+                                q_rot[t, part, j + half] = T.cast(b * c + a * s, dtype)
+                            else:
+                                position: T.let[T.int32] = positions[t]
+                                if position >= 0:
+                                    page: T.let[T.int32] = page_table[
+                                        rows[t], position // page_size
+                                    ]
+                                    slot: T.let[T.int32] = position % page_size
+                                    if part < heads + kv_heads:
+                                        h: T.let[T.int32] = part - heads
+                                        c1: T.let[T.float32] = table[t, 0, j]
+                                        s1: T.let[T.float32] = table[t, 1, j]
+                                        a1: T.let[T.float32] = T.cast(k[t, h, j], "float32")
+                                        b1: T.let[T.float32] = T.cast(k[t, h, j + half], "float32")
+                                        k_pages[layer, page, h, slot, j] = T.cast(
+                                            a1 * c1 - b1 * s1, dtype
+                                        )
+                                        k_pages[layer, page, h, slot, j + half] = T.cast(
+                                            b1 * c1 + a1 * s1, dtype
+                                        )
+                                    else:
+                                        g: T.let[T.int32] = part - heads - kv_heads
+                                        v_pages[layer, page, g, slot, j] = v[t, g, j]
+                                        v_pages[layer, page, g, slot, j + half] = v[t, g, j + half]
+
+        return rotary_append_gpu
+
+    @T.prim_func(s_tir=True)
+    def rotary_append_cpu(
+        q_h: T.handle,
+        k_h: T.handle,
+        v_h: T.handle,
+        table_h: T.handle,
+        k_pages_h: T.handle,
+        v_pages_h: T.handle,
+        page_table_h: T.handle,
+        rows_h: T.handle,
+        positions_h: T.handle,
+        layer: T.int64,
+        q_rot_h: T.handle,
+    ):
+        T.func_attr(SCHEDULED)
+        q = T.match_buffer(q_h, (n, heads, head_dim), dtype)
+        k = T.match_buffer(k_h, (n, kv_heads, head_dim), dtype)
+        v = T.match_buffer(v_h, (n, kv_heads, head_dim), dtype)
+        table = T.match_buffer(table_h, (n, 2, half), "float32")
+        k_pages = T.match_buffer(k_pages_h, cache, dtype)
+        v_pages = T.match_buffer(v_pages_h, cache, dtype)
+        page_table = T.match_buffer(page_table_h, (batch, max_pages), "int32")
+        rows = T.match_buffer(rows_h, (n,), "int32")
+        positions = T.match_buffer(positions_h, (n,), "int32")
+        q_rot = T.match_buffer(q_rot_h, (n, heads, head_dim), dtype)
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for t in T.parallel(n):
+                for h, j in T.grid(heads, half):
+                    a: T.let[T.float32] = T.cast(q[t, h, j], "float32")
+                    b: T.let[T.float32] = T.cast(q[t, h, j + half], "float32")
+                    q_rot[t, h, j] = T.cast(a * table[t, 0, j] - b * table[t, 1, j], dtype)
+                    q_rot[t, h, j + half] = T.cast(b * table[t, 0, j] + a * table[t, 1, j], dtype)
+                position: T.let[T.int32] = positions[t]
+                if position >= 0:
+                    page: T.let[T.int32] = page_table[rows[t], position // page_size]
+                    slot: T.let[T.int32] = position % page_size
+                    for h, j in T.grid(kv_heads, half):
+                        a: T.let[T.float32] = T.cast(k[t, h, j], "float32")
+                        b: T.let[T.float32] = T.cast(k[t, h, j + half], "float32")
+                        k_pages[layer, page, h, slot, j] = T.cast(
+                            a * table[t, 0, j] - b * table[t, 1, j], dtype
+                        )
+                        k_pages[layer, page, h, slot, j + half] = T.cast(
+                            b * table[t, 0, j] + a * table[t, 1, j], dtype
+                        )
+                    for h, d in T.grid(kv_heads, head_dim):
+                        v_pages[layer, page, h, slot, d] = v[t, h, d]
+
+    return rotary_append_cpu
