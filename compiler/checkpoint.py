@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ TOKENIZER_FILES = (
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # the format's own limit
+
+_READ = 1 << 24  # bytes a call: bounds the copy that `os.pread` makes
 
 _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
@@ -79,6 +82,7 @@ class Checkpoint:
         self.config = config
         self.tensors = dict(tensors)
         self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, model: str | os.PathLike[str], weights: bool = True) -> Checkpoint:
@@ -116,9 +120,8 @@ class Checkpoint:
         out = np.empty((stop - start, *info.shape[1:]), _READABLE[info.dtype])
         if out.size:
             row = out.nbytes // (stop - start)
-            self._pread(
-                info.file, memoryview(out.view(np.uint8)).cast("B"), start * row + info.offset
-            )
+            buffer = memoryview(out.reshape(-1).view(np.uint8))
+            self._pread(info.file, buffer, info.offset + start * row)
         return out
 
     def _readable(self, name: str) -> TensorInfo:
@@ -132,13 +135,15 @@ class Checkpoint:
 
     def _pread(self, path: Path, buffer: memoryview, offset: int) -> None:
         try:
-            if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY)
+            with self._lock:
+                if path not in self._files:
+                    self._files[path] = os.open(path, os.O_RDONLY)
             while len(buffer):
-                count = os.preadv(self._files[path], [buffer], offset)
-                if count == 0:
+                data = os.pread(self._files[path], min(len(buffer), _READ), offset)
+                if not data:
                     raise CheckpointError(f"{path}: truncated while it was read; fetch it again")
-                buffer, offset = buffer[count:], offset + count
+                buffer[: len(data)] = data
+                buffer, offset = buffer[len(data) :], offset + len(data)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -169,7 +174,7 @@ def _download(model: str, path: Path, weights: bool) -> Path:
             f"{model}: no such model; expected a directory with config.json, or a Hugging Face id "
             "such as meta-llama/Llama-3.1-8B"
         )
-    # Only here: importing it takes half a second, and local checkpoints do not need it.
+    # Only here: it is slow to import, and a local checkpoint does not need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+from shardwright.compiler.checkpoint import Checkpoint, listing
 from shardwright.compiler.placement import Partial, Placement, local_shape
+from shardwright.compiler.quantization import quantize_q4
+from shardwright.compiler.shard_writer import ShardWriter
+from shardwright.compiler.slicing import Read, reads
+from shardwright.runtime.artifact import FileEntry, shard_name
 
-from shardwright.errors import ShardingError
+from shardwright.errors import BuildError, CheckpointError, ShardingError
+
+Array: TypeAlias = npt.NDArray[Any]
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with the elements done and the elements there are."""
+
+_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -58,7 +78,7 @@ class Weight:
 
     @property
     def padded_cols(self) -> int:
-        """Columns of a quantized weight on one rank, filled with zeros to whole groups and words."""
+        """Columns of a quantized weight on one rank, padded to whole groups and words."""
         assert self.group is not None
         multiple = math.lcm(8, self.group)
         return -(-self.local_shape[1] // multiple) * multiple
@@ -76,3 +96,144 @@ class Weight:
             (f"{self.name}.q4", (rows, cols // 8), "uint32"),
             (f"{self.name}.scale", (rows, cols // self.group), self.dtype),
         ]
+
+
+def ignore_buffers(name: str) -> bool:
+    """Whether checkpoint tensor `name` is a constant that old exports saved among the weights."""
+    return name.endswith(("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias"))
+
+
+def check_names(
+    checkpoint: Checkpoint,
+    weights: Sequence[Weight],
+    ignored: Callable[[str], bool] = ignore_buffers,
+) -> None:
+    """Compare the checkpoint's tensors with the sources of `weights`.
+
+    Raises CheckpointError, which lists them, for sources that are missing, for tensors that no
+    weight uses and `ignored` does not excuse, and for shapes that differ.
+    """
+    sources = {source.name: source for weight in weights for source in weight.sources}
+    problems = []
+    if missing := [name for name in sources if name not in checkpoint.tensors]:
+        problems.append(f"missing {listing(missing)}")
+    extra = [name for name in checkpoint.tensors if name not in sources and not ignored(name)]
+    if extra:
+        problems.append(f"not in the model: {listing(extra)}")
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.root}: tensors do not fit config.json: {'; '.join(problems)}"
+        )
+    wrong = [
+        f"{name} is {checkpoint.tensors[name].shape}, config.json says {source.shape}"
+        for name, source in sources.items()
+        if checkpoint.tensors[name].shape != source.shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{checkpoint.root}: wrong shapes: {listing(wrong)}")
+
+
+def write_shards(
+    checkpoint: Checkpoint,
+    weights: Sequence[Weight],
+    world: int,
+    out_dir: Path,
+    progress: Progress | None = None,
+    ignored: Callable[[str], bool] = ignore_buffers,
+) -> dict[str, FileEntry]:
+    """Write every rank's weights under `out_dir` in one pass over the checkpoint.
+
+    Sources are read in pieces of rows, and each piece is sliced, cast or quantized, and appended to
+    the files of the ranks that hold it, so that memory does not grow with the checkpoint. Returns
+    the manifest's entry of each file. Raises CheckpointError as `check_names` does, and for values
+    that are NaN, infinite or beyond the range of the dtype; BuildError if a file cannot be written.
+    """
+    check_names(checkpoint, weights, ignored)
+    paths = [shard_name(rank, world) for rank in range(world)]
+    try:
+        (out_dir / paths[0]).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(f"{out_dir}: cannot be written ({error.strerror})") from None
+    tensors = [tensor for weight in weights for tensor in weight.tensors()]
+    total = sum(math.prod(s.local_shape) for w in weights for s in w.sources) * world
+    done = 0
+    with ExitStack() as stack:
+        writers = [stack.enter_context(ShardWriter(out_dir / path, tensors)) for path in paths]
+        pool = stack.enter_context(ThreadPoolExecutor(_THREADS))
+        for weight in weights:
+            scales: list[list[Array]] = [[] for _ in writers]
+            for piece in _converted(pool, checkpoint, weight, world):
+                for rank in piece.ranks:
+                    writers[rank].write(weight.tensors()[0][0], piece.data)
+                    if piece.scale is not None:
+                        scales[rank].append(piece.scale)
+                    done += piece.elements
+                if progress is not None:
+                    progress(done, total)
+            if weight.group is not None:
+                # An eighth of the words' bytes, kept because the file has them after all words.
+                for writer, parts in zip(writers, scales, strict=True):
+                    for part in parts:
+                        writer.write(weight.tensors()[1][0], part)
+        return {path: writer.finish() for path, writer in zip(paths, writers, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of a weight as stored, the same for all of `ranks`; `elements` before quantization."""
+
+    ranks: tuple[int, ...]
+    data: Array
+    scale: Array | None
+    elements: int
+
+
+def _converted(
+    pool: ThreadPoolExecutor, checkpoint: Checkpoint, weight: Weight, world: int
+) -> Iterator[_Piece]:
+    """The pieces of a weight, in order for each rank, converted a few ahead on `pool`."""
+    waiting: deque[Future[list[_Piece]]] = deque()
+    for source in weight.sources:
+        for read in reads(checkpoint, source.name, source.placement, world):
+            waiting.append(pool.submit(_convert, weight, source.name, read))
+            if len(waiting) > _THREADS:
+                yield from waiting.popleft().result()
+    while waiting:
+        yield from waiting.popleft().result()
+
+
+def _convert(weight: Weight, name: str, read: Read) -> list[_Piece]:
+    pieces = []
+    for ranks, values in read():
+        if weight.group is None:
+            data, scale = cast(values, weight.dtype, name), None
+        else:
+            pad = weight.padded_cols - values.shape[1]
+            padded = np.pad(_as_float(values), ((0, 0), (0, pad))) if pad else _as_float(values)
+            data, scale = quantize_q4(padded, weight.group, name)
+        pieces.append(_Piece(ranks, data, scale, values.size))
+    return pieces
+
+
+def _as_float(values: Array) -> npt.NDArray[np.floating[Any]]:
+    """bfloat16 as float32, by its bits, many times faster than a cast; others as they are."""
+    if values.dtype in (np.float16, np.float32):
+        return values
+    bits = values.view(np.uint16).astype(np.uint32)
+    bits <<= 16
+    return bits.view(np.float32)
+
+
+def cast(values: Array, dtype: str, name: str) -> Array:
+    """`values` as `dtype`. Raises CheckpointError, naming `name`, for NaN, infinity or overflow."""
+    floats = _as_float(values)
+    with np.errstate(over="ignore"):
+        out = np.ascontiguousarray(floats, dtype=dtype)
+    if np.isfinite(out).all():
+        return out
+    if not np.isfinite(floats).all():
+        raise CheckpointError(f"{name}: holds NaN or infinity; the checkpoint is damaged")
+    raise CheckpointError(
+        f"{name}: value {np.abs(floats).max():g} is beyond the range of {dtype}; "
+        "build with --quantization q0f32"
+    )
