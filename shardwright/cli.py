@@ -1,0 +1,239 @@
+"""The `shardwright` command: build, chat, inspect.
+
+Only this module knows click. The library raises its own errors; they become one line on standard
+error and their exit code here.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from shardwright import __version__
+from shardwright.console import TerminalProgress, print_manifest, rank_memory, size, verify_files
+from shardwright.errors import InputError, ShardwrightError, UsageError
+from shardwright.runtime.artifact import load_manifest
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+QUANTIZATIONS = ("q4f16_1", "q0f16", "q0f32")
+TARGETS = ("cpu", "cuda")
+
+
+class _InterruptedError(Exception):
+    """Ctrl-C, before click makes an Abort and an empty line of it."""
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _InterruptedError from None
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="shardwright")
+def cli() -> None:
+    """Compile one language-model definition into an SPMD library for N ranks, and run it."""
+
+
+def _target(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if value == "rocm":
+        raise UsageError("target rocm is not built yet; use --target cuda or --target cpu")
+    if value not in TARGETS:
+        raise UsageError(f"unknown target {value!r}; use one of {', '.join(TARGETS)}")
+    return value
+
+
+def _quantization(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if value not in QUANTIZATIONS:
+        raise UsageError(f"unknown quantization {value!r}; use one of {', '.join(QUANTIZATIONS)}")
+    return value
+
+
+def _archs(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(arch.strip() for arch in value.split(",") if arch.strip())
+
+
+_COUNT = click.IntRange(min=1)
+_DIRECTORY = click.Path(path_type=Path, file_okay=False)
+
+
+@cli.command()
+@click.option("--model", required=True, help="Checkpoint: a directory, or a name on Hugging Face.")
+@click.option("-o", "--output", required=True, type=_DIRECTORY, help="Directory to write.")
+@click.option(
+    "--quantization",
+    default="q4f16_1",
+    show_default=True,
+    callback=_quantization,
+    help=f"One of {', '.join(QUANTIZATIONS)}.",
+)
+@click.option("--num-shards", default=1, show_default=True, type=_COUNT, help="Number of ranks.")
+@click.option(
+    "--target",
+    default="cpu",
+    show_default=True,
+    callback=_target,
+    help=f"One of {', '.join(TARGETS)}.",
+)
+@click.option(
+    "--arch",
+    default="",
+    callback=_archs,
+    metavar="LIST",
+    help="GPU architectures to compile for, such as sm_89,sm_90a.",
+)
+@click.option("--max-seq-len", type=_COUNT, help="Longest row, in tokens. [default: the model's]")
+@click.option("--max-batch-size", default=8, show_default=True, type=_COUNT, help="Most rows.")
+@click.option("--prefill-chunk-size", type=_COUNT, help="Most tokens of one prefill call.")
+@click.option("--use-cuda-graph", is_flag=True, help="Decode by one CUDA graph per step.")
+@click.option("--build-model-only", is_flag=True, help="Write the library and no weights.")
+@click.option("--dummy-weights", is_flag=True, help="No weights; each rank makes random ones.")
+@click.option("--explain", is_flag=True, help="Print placements, collectives, bytes per step.")
+@click.option("--dump-ir", type=_DIRECTORY, help="Write the module after each pass there.")
+def build(output: Path, arch: tuple[str, ...], **options: Any) -> None:
+    """Compile a Hugging Face checkpoint into a directory that `chat` runs."""
+    # The compiler takes seconds to load, and only this command may load it.
+    from shardwright.compiler.build import BuildOptions
+    from shardwright.compiler.build import build as run_build
+
+    began = time.monotonic()
+    with TerminalProgress() as progress:
+        result = run_build(BuildOptions(out=output, archs=arch, **options), progress=progress)
+    if options["explain"]:
+        click.echo(result.explanation.rstrip("\n"))
+    manifest = load_manifest(result.path)
+    weights = size(rank_memory(manifest)["weights"])
+    click.echo(
+        f"{result.path}: {manifest.model.architecture}, {manifest.quantization}, "
+        f"{manifest.mesh.size} x {manifest.target.kind}, {weights} of weights a rank, "
+        f"built in {time.monotonic() - began:.1f} s"
+    )
+
+
+@cli.command()
+@click.argument("directory", type=_DIRECTORY)
+@click.option("--prompt", help="Answer this and exit; without it, a conversation.")
+@click.option("--system", "system_prompt", help="System message of the conversation.")
+@click.option("--temperature", type=float, help="0 is greedy.  [default: the model's]")
+@click.option("--top-p", type=float, help="Keep the tokens of this total probability.")
+@click.option("--top-k", type=int, help="Keep this many tokens; 0 is off.")
+@click.option("--repetition-penalty", type=float, help="Above 1, seen tokens get less likely.")
+@click.option("--no-repeat-ngram-size", type=int, help="No n-gram of this length twice; 0 is off.")
+@click.option("--min-new-tokens", type=int, help="No end of the answer before this many tokens.")
+@click.option("--max-new-tokens", type=int, help="End of the answer at the latest.")
+@click.option("--stop", multiple=True, help="End at this text, not shown. May be repeated.")
+@click.option("--seed", type=int, help="Seed of the sampling.")
+@click.option("--stats", is_flag=True, help="Print tokens per second and memory at the end.")
+def chat(
+    directory: Path,
+    prompt: str | None,
+    system_prompt: str | None,
+    stats: bool,
+    stop: tuple[str, ...],
+    **sampling: Any,
+) -> None:
+    """Talk to a built model. In a conversation: /reset, /stats, /exit."""
+    from shardwright.runtime.chat import ChatConfig, ChatModule
+
+    sampling["stop"] = stop or None
+    config = ChatConfig(system_prompt=system_prompt, **sampling)
+    with TerminalProgress() as progress, progress.step("Load"):
+        module = ChatModule(model=directory, chat_config=config)
+    with module:
+        if prompt is None:
+            _converse(module)
+        else:
+            _answer(module, prompt)
+        if stats:
+            click.echo(module.stats(verbose=True), err=True)
+
+
+def _answer(module: Any, prompt: str) -> None:
+    from shardwright.runtime.callback import StreamToStdout
+
+    module.generate(prompt=prompt, progress_callback=StreamToStdout(callback_interval=1))
+
+
+def _converse(module: Any) -> None:
+    """Read prompts from standard input until it ends or says /exit."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        click.echo("/reset begins anew, /stats shows the speed, /exit ends.")
+    while True:
+        try:
+            line = input(">>> " if interactive else "").strip()
+        except EOFError:
+            return
+        if line == "/exit":
+            return
+        if line == "/reset":
+            module.reset_chat()
+        elif line == "/stats":
+            click.echo(module.stats(verbose=True))
+        elif line.startswith("/"):
+            click.echo(f"unknown command {line}; /reset, /stats or /exit", err=True)
+        elif line:
+            try:
+                _answer(module, line)
+            except InputError as error:
+                # The conversation goes on: a shorter prompt, or /reset, mends it.
+                _print_error(error)
+
+
+@cli.command()
+@click.argument("directory", type=_DIRECTORY)
+@click.option("--tensors", is_flag=True, help="List every weight with shape and placement.")
+@click.option("--verify", is_flag=True, help="Check the length and checksum of every file.")
+def inspect(directory: Path, tensors: bool, verify: bool) -> None:
+    """Show what a built model is and what it needs."""
+    manifest = load_manifest(directory)
+    print_manifest(manifest, tensors=tensors)
+    if verify:
+        verify_files(directory, manifest)
+        click.echo(f"{len(manifest.files)} files verified")
+
+
+def _print_error(error: BaseException) -> None:
+    # One error is one line, for people and for `grep`.
+    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    click.echo(f"Error: {text or type(error).__name__}", err=True)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f"Warning: {message}", err=True)
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Run the command with `args` (those of the process if None) and return the exit code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            return cli.main(args=args, prog_name="shardwright", standalone_mode=False) or 0
+        except click.ClickException as error:
+            error.show()
+            return error.exit_code
+        except ShardwrightError as error:
+            _print_error(error)
+            return error.exit_code
+        except OSError as error:
+            # A full disk, a file of another user: the system's own message is the clearest.
+            _print_error(error)
+            return 1
+        except (_InterruptedError, KeyboardInterrupt, click.Abort):
+            click.echo("Interrupted", err=True)
+            return INTERRUPTED
+
+
+def main() -> NoReturn:
+    """Entry point of the `shardwright` command."""
+    sys.exit(run())

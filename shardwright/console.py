@@ -1,0 +1,154 @@
+"""What the command line shows: progress bars, the table of an artefact, errors in one line."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from shardwright.runtime.artifact import Manifest, TensorSpec, WeightSpec, verify_file
+
+_ITEM_BITS = {"bool": 8, "bfloat16": 16}
+_CACHE = ("k_pages", "v_pages", "page_table")
+
+
+class TerminalProgress:
+    """Progress bars on standard error, and nothing at all if that is not a terminal."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+
+    def __enter__(self) -> TerminalProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    @contextmanager
+    def step(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """Show a step of `total` units (unknown if None); yields `advance(units)`."""
+        task = self._bars.add_task(name, total=total)
+
+        def advance(units: int = 1) -> None:
+            self._bars.advance(task, units)
+
+        yield advance
+        # A step that came to its end is whole, however well its size was known before.
+        done = max(self._bars.tasks[task].completed, 1) if total is None else total
+        self._bars.update(task, total=done, completed=done)
+
+
+def size(count: int) -> str:
+    """`count` bytes in the unit that fits, such as "1.5 MiB"."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def tensor_bytes(tensor: TensorSpec | WeightSpec) -> int:
+    """Bytes of a tensor of known shape, local to one rank."""
+    digits = "".join(c for c in tensor.dtype if c.isdigit())
+    bits = _ITEM_BITS.get(tensor.dtype) or int(digits)
+    return math.prod(int(extent) for extent in tensor.shape) * bits // 8
+
+
+def rank_memory(manifest: Manifest) -> dict[str, int]:
+    """Bytes that each rank holds, by use: weights, cache, workspace, state."""
+    cache = sum(tensor_bytes(t) for t in manifest.state if t.name in _CACHE)
+    return {
+        "weights": sum(map(tensor_bytes, manifest.weights)),
+        "cache": cache,
+        "workspace": manifest.workspace_bytes,
+        "state": sum(map(tensor_bytes, manifest.state)) - cache,
+    }
+
+
+def print_manifest(manifest: Manifest, tensors: bool = False) -> None:
+    """Print what an artefact is and what it needs; with `tensors`, every weight too."""
+    # A pipe has no width to fit: nothing may be cut off there.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
+    console.print(_summary(manifest))
+    memory = rank_memory(manifest)
+    table = _table("Memory of each rank", "use", "bytes", "")
+    for use, count in [*memory.items(), ("total", sum(memory.values()))]:
+        table.add_row(use, str(count), size(count))
+    console.print(table)
+    table = _table("Functions", "name", "arguments")
+    for name, function in manifest.functions.items():
+        table.add_row(name, str(len(function.args)))
+    console.print(table)
+    table = _table("Files", "name", "bytes", "", "sha256")
+    for name, entry in manifest.files.items():
+        table.add_row(name, str(entry.bytes), size(entry.bytes), entry.sha256[:16])
+    console.print(table)
+    if tensors:
+        table = _table("Tensors of each rank", "name", "local shape", "dtype", "placement")
+        for weight in manifest.weights:
+            table.add_row(weight.name, str(list(weight.shape)), weight.dtype, weight.placement)
+        console.print(table)
+
+
+def verify_files(directory: Path, manifest: Manifest) -> None:
+    """Check every file of an artefact; raises ArtifactError for the first that is not whole."""
+    total = sum(entry.bytes for entry in manifest.files.values())
+    with TerminalProgress() as progress, progress.step("Verify", total) as advance:
+        for name, entry in manifest.files.items():
+            verify_file(directory, name, entry)
+            advance(entry.bytes)
+
+
+def _summary(manifest: Manifest) -> Table:
+    limits = manifest.limits
+    mesh = ", ".join(
+        f"{axis} {n}" for axis, n in zip(manifest.mesh.axes, manifest.mesh.shape, strict=True)
+    )
+    rows = {
+        "model": f"{manifest.model.architecture}, {manifest.model.num_layers} layers, "
+        f"vocabulary {manifest.model.vocab_size}",
+        "target": " ".join([manifest.target.kind, *manifest.target.archs]),
+        "mesh": mesh,
+        "quantization": f"{manifest.quantization} ({manifest.dtype})",
+        "limits": f"{limits.max_seq_len} tokens a row, {limits.max_batch_size} rows, "
+        f"prefill in chunks of {limits.prefill_chunk_size}",
+        "cache": f"{limits.num_pages} pages of {limits.page_size} tokens",
+        "decode": f"buckets {', '.join(map(str, manifest.decode_buckets))}"
+        + ("; one CUDA graph per step" if manifest.use_cuda_graph else ""),
+        "weights": "in shards"
+        if manifest.has_weights
+        else ("random (--dummy-weights)" if manifest.dummy_weights else "none"),
+        "built by": f"Shardwright {manifest.version}, manifest schema {manifest.schema}",
+    }
+    table = Table(title=manifest.name, title_justify="left", show_header=False, box=None)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        numeric = column in ("bytes", "arguments", "")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    return table
