@@ -1,3 +1,5 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-redef"
+# (TVMScript is parsed, never run, so it has no Python types.)
 """What all kernel generators share.
 
 Every generator returns a scheduled `tirx.PrimFunc` in destination-passing style. The order of its
@@ -11,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import tirx
+from tvm.script import tirx as T
 
 SCHEDULED: dict[str, Any] = {
     # Neither dlight nor the default GPU schedule may touch it.
@@ -38,3 +41,26 @@ def is_gpu(target: Any) -> bool:
     """Whether `target` ("cpu", "cuda", "rocm", or an object with such a `kind`) is a GPU."""
     kind = target if isinstance(target, str) else getattr(target.kind, "name", target.kind)
     return kind in ("cuda", "rocm")
+
+
+def warp_size_of(target: Any) -> int:
+    """Threads that run in lockstep: 64 for ROCm data-centre GPUs, 32 for CUDA, 1 for a CPU."""
+    if not is_gpu(target):
+        return 1
+    kind = target if isinstance(target, str) else getattr(target.kind, "name", target.kind)
+    return 64 if kind == "rocm" else 32
+
+
+def for_blocks(count: Any, gpu: bool) -> Any:
+    """Loop over independent pieces of work: GPU blocks, or CPU threads."""
+    return T.thread_binding(count, thread="blockIdx.x") if gpu else T.parallel(count)
+
+
+def for_threads(count: int, gpu: bool) -> Any:
+    """Loop over the threads of a block; on a CPU it is one iteration."""
+    return T.thread_binding(count, thread="threadIdx.x") if gpu else T.serial(1)
+
+
+def shuffle_xor(value: Any, lane_mask: int, warp: int) -> Any:
+    """`value` of the lane whose number differs by `lane_mask`."""
+    return T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), value, lane_mask, warp, warp)

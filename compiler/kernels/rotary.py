@@ -1,3 +1,5 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-redef"
+# (TVMScript is parsed, never run, so it has no Python types.)
 """Rotary position embedding, and the append of keys and values to the paged cache."""
 
 from __future__ import annotations
@@ -116,8 +118,8 @@ def rotary_append(
 
     `(q [n,H,D], k [n,K,D], v [n,K,D], table [n,2,D/2] f32, k_pages, v_pages, page_table [B,P] i32,
     rows [n] i32, positions [n] i32, layer i64) -> q_rot [n,H,D]`, with `k_pages` and `v_pages`
-    `[layers, pages, K, page_size, D]` written in place. Pairs are (j, j + D/2), as in Hugging Face's
-    `rotate_half`; the arithmetic is float32. Tokens of position -1 append nothing.
+    `[layers, pages, K, page_size, D]` written in place. Pairs are (j, j + D/2), as in the
+    `rotate_half` of Hugging Face; the arithmetic is float32. Tokens of position -1 append nothing.
     """
     n = extent(tokens)
     half = head_dim // 2
