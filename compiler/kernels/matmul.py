@@ -1,0 +1,199 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-redef"
+# (TVMScript is parsed, never run, so it has no Python types.)
+"""Products with a weight of `[out_features, in_features]`, plain or packed in four bits.
+
+The packed format: word `w` of a row holds elements `8 w` to `8 w + 7`, the first in its lowest
+four bits; an element is `(nibble - 7) * scale` of its group. Words `[N, K / 8]` uint32, scales
+`[N, K / group]`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from .common import SCHEDULED, extent, for_blocks, for_threads, is_gpu, lanes_for
+
+TOKEN_TILE = 8  # tokens that share one reading (and one unpacking) of the weight on a CPU
+
+
+def matmul_cpu(
+    *,
+    tokens: int | None,
+    out_features: int,
+    in_features: int,
+    dtype: str,
+    out_dtype: str,
+) -> tirx.PrimFunc:
+    """`(x [n,K], w [N,K]) -> x @ w.T [n,N]` for CPUs, float32 accumulation, parallel over rows."""
+    n = extent(tokens)
+    tile = min(tokens or TOKEN_TILE, TOKEN_TILE)
+    rows = 2 if out_features % 2 == 0 else 1
+    chunks, tail = divmod(in_features, 16)
+
+    @T.prim_func(s_tir=True)
+    def matmul_cpu(x_h: T.handle, w_h: T.handle, out_h: T.handle):
+        T.func_attr(SCHEDULED)
+        x = T.match_buffer(x_h, (n, in_features), dtype)
+        w = T.match_buffer(w_h, (out_features, in_features), dtype)
+        out = T.match_buffer(out_h, (n, out_features), out_dtype)
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for o in T.parallel(out_features // rows):
+                acc = T.alloc_buffer((rows, tile, 16), "float32", scope="local")
+                for t0 in T.serial(T.ceildiv(n, tile)):
+                    for r in T.unroll(rows):
+                        for t in T.unroll(tile):
+                            for l in T.vectorized(16):
+                                acc[r, t, l] = T.float32(0)
+                    for c in T.serial(chunks):
+                        for r in T.unroll(rows):
+                            for t in T.unroll(tile):
+                                for l in T.vectorized(16):
+                                    acc[r, t, l] = acc[r, t, l] + T.cast(
+                                        x[T.min(t0 * tile + t, n - 1), c * 16 + l], "float32"
+                                    ) * T.cast(w[o * rows + r, c * 16 + l], "float32")
+                    for r in T.serial(rows):
+                        for t in T.serial(tile):
+                            if t0 * tile + t < n:
+                                total: T.float32 = T.float32(0)
+                                for l in T.serial(16):
+                                    total = total + acc[r, t, l]
+                                for l in T.serial(tail):
+                                    total = total + T.cast(
+                                        x[t0 * tile + t, chunks * 16 + l], "float32"
+                                    ) * T.cast(w[o * rows + r, chunks * 16 + l], "float32")
+                                out[t0 * tile + t, o * rows + r] = T.cast(total, out_dtype)
+
+    return matmul_cpu
+
+
+def q4_matmul_cpu(
+    *,
+    tokens: int | None,
+    out_features: int,
+    in_features: int,
+    group: int,
+    dtype: str,
+    out_dtype: str,
+) -> tirx.PrimFunc:
+    """`(x [n,K], packed [N,K/8] u32, scale [N,K/group]) -> x @ w.T [n,N]` for CPUs.
+
+    Float32 accumulation, parallel over rows; each group is unpacked once for up to eight tokens.
+    """
+    n = extent(tokens)
+    tile = min(tokens or TOKEN_TILE, TOKEN_TILE)
+    lanes = lanes_for(group)
+    groups = in_features // group
+
+    @T.prim_func(s_tir=True)
+    def q4_matmul_cpu(x_h: T.handle, packed_h: T.handle, scale_h: T.handle, out_h: T.handle):
+        T.func_attr(SCHEDULED)
+        x = T.match_buffer(x_h, (n, in_features), dtype)
+        packed = T.match_buffer(packed_h, (out_features, in_features // 8), "uint32")
+        scale = T.match_buffer(scale_h, (out_features, groups), dtype)
+        out = T.match_buffer(out_h, (n, out_features), out_dtype)
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for o in T.parallel(out_features):
+                acc = T.alloc_buffer((tile, lanes), "float32", scope="local")
+                row = T.alloc_buffer((group,), "float32", scope="local")
+                for t0 in T.serial(T.ceildiv(n, tile)):
+                    for t in T.unroll(tile):
+                        for l in T.vectorized(lanes):
+                            acc[t, l] = T.float32(0)
+                    for g in T.serial(groups):
+                        factor: T.let[T.float32] = T.cast(scale[o, g], "float32")
+                        for i in T.unroll(group // 8):
+                            for l in T.vectorized(8):
+                                row[i * 8 + l] = factor * T.cast(
+                                    T.cast(
+                                        T.bitwise_and(
+                                            T.shift_right(
+                                                packed[o, g * (group // 8) + i],
+                                                T.cast(l * 4, "uint32"),
+                                            ),
+                                            T.uint32(15),
+                                        ),
+                                        "int32",
+                                    )
+                                    - 7,
+                                    "float32",
+                                )
+                        for c in T.unroll(group // lanes):
+                            for t in T.unroll(tile):
+                                for l in T.vectorized(lanes):
+                                    acc[t, l] = acc[t, l] + row[c * lanes + l] * T.cast(
+                                        x[T.min(t0 * tile + t, n - 1), g * group + c * lanes + l],
+                                        "float32",
+                                    )
+                    for t in T.serial(tile):
+                        if t0 * tile + t < n:
+                            total: T.float32 = T.float32(0)
+                            for l in T.serial(lanes):
+                                total = total + acc[t, l]
+                            out[t0 * tile + t, o] = T.cast(total, out_dtype)
+
+    return q4_matmul_cpu
+
+
+def q4_take(
+    *,
+    tokens: int | None,
+    vocab_rows: int,
+    features: int,
+    group: int,
+    dtype: str,
+    target: Any,
+) -> tirx.PrimFunc:
+    """Rows of a packed embedding whose vocabulary is split over the ranks.
+
+    `(packed [R,F/8] u32, scale [R,F/group], ids [n] i32, rank [1] i32) -> [n,F]`: row
+    `ids[t] - rank * R` where this rank holds it, zeros where another does.
+    """
+    n = extent(tokens)
+    gpu = is_gpu(target)
+    words = features // 8
+    threads = 128 if gpu else 1
+
+    @T.prim_func(s_tir=True)
+    def q4_take(
+        packed_h: T.handle, scale_h: T.handle, ids_h: T.handle, rank_h: T.handle, out_h: T.handle
+    ):
+        T.func_attr(SCHEDULED)
+        packed = T.match_buffer(packed_h, (vocab_rows, words), "uint32")
+        scale = T.match_buffer(scale_h, (vocab_rows, features // group), dtype)
+        ids = T.match_buffer(ids_h, (n,), "int32")
+        rank = T.match_buffer(rank_h, (1,), "int32")
+        out = T.match_buffer(out_h, (n, features), dtype)
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for t in for_blocks(n, gpu):
+                for tid in for_threads(threads, gpu):
+                    row: T.int32 = ids[t] - rank[0] * vocab_rows
+                    if row >= 0 and row < vocab_rows:
+                        for i in T.serial((words + threads - 1 - tid) // threads):
+                            word: T.uint32 = packed[row, tid + i * threads]
+                            factor: T.let[T.float32] = T.cast(
+                                scale[row, (tid + i * threads) * 8 // group], "float32"
+                            )
+                            for l in T.vectorized(8):
+                                nibble = T.meta_var(
+                                    T.bitwise_and(
+                                        T.shift_right(word, T.cast(l * 4, "uint32")), T.uint32(15)
+                                    )
+                                )
+                                out[t, (tid + i * threads) * 8 + l] = T.cast(
+                                    T.cast(T.cast(nibble, "int32") - 7, "float32") * factor, dtype
+                                )
+                    else:
+                        for i in T.serial((words + threads - 1 - tid) // threads):
+                            for l in T.vectorized(8):
+                                out[t, (tid + i * threads) * 8 + l] = T.cast(0, dtype)
+
+    return q4_take
