@@ -20,21 +20,24 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "shardwright"
 
 
-def load_native(source: Path) -> ctypes.CDLL:
+def load_native(source: Path, soname: str | None = None) -> ctypes.CDLL:
     """Compile `source` unless the cache already has it, and load it.
+
+    With `soname` it can stand in for the library of that name, its symbols visible to all.
 
     Several processes may do this at once: each compiles to a file of its own and renames it.
     Raises BuildError if there is no compiler, the source does not compile, or the result cannot be
     written or loaded.
     """
     text = source.read_bytes()
-    key = hashlib.sha256(b"\0".join([text, *map(str.encode, _FLAGS), platform.machine().encode()]))
+    flags = (*_FLAGS, f"-Wl,-soname,{soname}") if soname else _FLAGS
+    key = hashlib.sha256(b"\0".join([text, *map(str.encode, flags), platform.machine().encode()]))
     library = cache_dir() / f"{source.stem}-{key.hexdigest()[:16]}.so"
     try:
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)
-            _compile(source, library)
-        return ctypes.CDLL(str(library))
+            _compile(source, library, flags)
+        return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL if soname else ctypes.DEFAULT_MODE)
     except OSError as error:
         raise BuildError(
             f"{library}: cannot be written or loaded ({error}); "
@@ -42,7 +45,7 @@ def load_native(source: Path) -> ctypes.CDLL:
         ) from None
 
 
-def _compile(source: Path, library: Path) -> None:
+def _compile(source: Path, library: Path, flags: tuple[str, ...]) -> None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise BuildError(
@@ -52,7 +55,7 @@ def _compile(source: Path, library: Path) -> None:
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
     try:
-        command = [compiler, *_FLAGS, "-o", temporary, str(source)]
+        command = [compiler, *flags, "-o", temporary, str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise BuildError(f"{source.name} does not compile with {compiler}:\n{done.stderr}")

@@ -85,11 +85,11 @@ class SamplingParams:
             )
 
     def float_row(self) -> list[float]:
-        """This row of the state tensor `sampling_f`."""
+        """Values for the state tensor `sampling_f`, for one row."""
         return [self.temperature, self.top_p, self.repetition_penalty, 0.0]
 
     def int_row(self, prompt_len: int) -> list[int]:
-        """This row of the state tensor `sampling_i`, as signed 32-bit integers."""
+        """Values for the state tensor `sampling_i`, for one row, as signed 32-bit integers."""
         seed = secrets.randbits(64) if self.seed is None else self.seed
         return [
             self.top_k,

@@ -1,0 +1,257 @@
+"""One rank's program: the compiled library, this rank's weights, and the state in device memory."""
+
+import functools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from shardwright.runtime.artifact import Manifest, TensorSpec, shard_name, verify_file
+from shardwright.runtime.device import Device
+
+from shardwright.errors import ArtifactError
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+LIBRARY = "model.so"
+_TEMPLATE_ELEMENTS = 1 << 20
+
+
+class Program:
+    """The functions of `model.so`, bound to tensors that stay at fixed addresses.
+
+    Everything runs on `device` and is asynchronous there.
+    """
+
+    def __init__(
+        self, directory: Path, manifest: Manifest, rank: int, device: Device, progress: Progress
+    ) -> None:
+        from tvm.runtime import load_module
+        from tvm.runtime.vm import VirtualMachine
+
+        self._manifest = manifest
+        self._rank = rank
+        self._device = device
+        self._fill = _Filler(device)
+        # Checked before it is loaded: mapping a truncated library is a bus error later.
+        verify_file(directory, LIBRARY, _entry(manifest, directory, LIBRARY))
+        self._vm = VirtualMachine(load_module(str(directory / LIBRARY)), device.tvm)
+        self._weights = self._load_weights(directory, progress)
+        self._state = {spec.name: self._make_state(spec) for spec in manifest.state}
+        self._workspace = self._vm["workspace"]()
+        chunk, rows = manifest.limits.prefill_chunk_size, manifest.limits.max_batch_size
+        self._inputs = {
+            name: self._empty((chunk,), "int32")
+            for name in ("tokens", "rows", "positions", "lengths")
+        } | {"last": self._empty((rows,), "int32")}
+        self._decode = {
+            bucket: functools.partial(
+                self._vm[f"decode_{bucket}"], *self._arguments(f"decode_{bucket}", {})
+            )
+            for bucket in manifest.decode_buckets
+        }
+        self._sample_arguments = self._arguments("sample", {})
+        del self._fill  # and its templates
+
+    # Running
+
+    def prefill(self, chunk: dict[str, npt.NDArray[np.int32]]) -> None:
+        """Run one chunk. `chunk` holds tokens, rows, positions, lengths [n] and last [B]."""
+        views = {}
+        for name, array in chunk.items():
+            buffer = self._inputs[name]
+            view = buffer if buffer.shape == array.shape else buffer._create_view(array.shape)
+            views[name] = view.copyfrom(array)
+        self._vm["prefill"](*self._arguments("prefill", views))
+
+    def sample(self) -> None:
+        """Choose the next token of every active row from its logits."""
+        self._vm["sample"](*self._sample_arguments)
+
+    def decode(self, bucket: int) -> None:
+        """Run one step for the first `bucket` rows: feed `tokens`, and choose the next ones."""
+        self._device.replay(bucket, self._decode[bucket])
+
+    def write(self, name: str, array: npt.NDArray[Any]) -> None:
+        """Overwrite a state tensor, after the work enqueued so far."""
+        self._state[name].copyfrom(array)
+
+    def view(self, name: str, rows: int) -> Any:
+        """The first `rows` rows of a state tensor."""
+        tensor = self._state[name]
+        return tensor._create_view((rows, *tensor.shape[1:]))
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on the device: weights, cache, workspace, and other state."""
+        cache = sum(_nbytes(self._state[name]) for name in ("k_pages", "v_pages"))
+        return {
+            "weights": sum(map(_nbytes, self._weights.values())),
+            "cache": cache,
+            "workspace": self._manifest.workspace_bytes,
+            "other": sum(map(_nbytes, (*self._state.values(), *self._inputs.values()))) - cache,
+        }
+
+    def _arguments(self, function: str, inputs: dict[str, Any]) -> list[Any]:
+        """Values for a function's arguments; inputs of the call take precedence over state."""
+        return [self._argument(spec, inputs) for spec in self._manifest.functions[function].args]
+
+    def _argument(self, spec: TensorSpec, inputs: dict[str, Any]) -> Any:
+        if spec.name == "workspace":
+            return self._workspace
+        for tensors in (inputs, self._weights):
+            if spec.name in tensors:
+                return tensors[spec.name]
+        tensor = self._state[spec.name]
+        return tensor if tensor.shape == spec.shape else tensor._create_view(spec.shape)
+
+    # Memory
+
+    def _empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        import tvm
+
+        return tvm.runtime.empty(shape, dtype, self._device.tvm)
+
+    def _make_state(self, spec: TensorSpec) -> Any:
+        tensor = self._empty(tuple(int(length) for length in spec.shape), spec.dtype)
+        initial = self._initial(spec.name, tensor.shape)
+        if initial is None:
+            # The cache too: a NaN in a page not yet written would pass through a masked softmax.
+            self._fill.zeros(tensor)
+        else:
+            tensor.copyfrom(initial.astype(np.int32))
+        return tensor
+
+    def _initial(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
+        if name == "rows":
+            return np.arange(shape[0])
+        if name in ("positions", "eos"):
+            return np.full(shape, -1)
+        if name == "rank":
+            return np.full(shape, self._rank)
+        if name == "page_table":
+            return np.arange(shape[0] * shape[1]).reshape(shape)
+        return None
+
+    def _load_weights(self, directory: Path, progress: Progress) -> dict[str, Any]:
+        if self._manifest.dummy_weights:
+            return {
+                spec.name: self._fill.dummy(spec.name, self._empty(spec.shape, spec.dtype))
+                for spec in self._manifest.weights
+            }
+        name = shard_name(self._rank, self._manifest.mesh.size)
+        entry = _entry(self._manifest, directory, name)
+        check = _Background(functools.partial(verify_file, directory, name, entry))
+        try:
+            return self._read_shard(directory / name, progress)
+        finally:
+            # In the end, so that it takes no time of its own; its error goes before one of reading.
+            check.join()
+
+    def _read_shard(self, path: Path, progress: Progress) -> dict[str, Any]:
+        from safetensors import SafetensorError, safe_open
+
+        weights, done = {}, 0
+        try:
+            with safe_open(str(path), framework="numpy") as shard:
+                total = path.stat().st_size
+                for spec in self._manifest.weights:
+                    array = shard.get_tensor(spec.name)
+                    if array.shape != spec.shape or str(array.dtype) != spec.dtype:
+                        raise ArtifactError(
+                            f"{path}: {spec.name} is {array.dtype}{list(array.shape)}, not "
+                            f"{spec.dtype}{list(spec.shape)}; build the model again"
+                        )
+                    weights[spec.name] = self._empty(spec.shape, spec.dtype).copyfrom(array)
+                    done += array.nbytes
+                    progress(done, total)
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(
+                f"{path}: cannot be read ({error}); build the model again"
+            ) from None
+        return weights
+
+
+class _Background:
+    """A call in a thread of its own; `join` raises what it raised."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(call,), daemon=True)
+        self._thread.start()
+
+    def _run(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # handed to the thread that joins
+            self._error = error
+
+    def join(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+class _Filler:
+    """Fills tensors on the device: a small block is uploaded once and copied there."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._templates: dict[tuple[str, str], Any] = {}
+
+    def zeros(self, tensor: Any) -> None:
+        self._tile(tensor, "zeros")
+
+    def dummy(self, name: str, tensor: Any) -> Any:
+        """Random values of ordinary size; the same on every rank, as replicated weights must be."""
+        if str(tensor.dtype) == "uint32":
+            kind = "bits"
+        elif "scale" in name.rsplit(".", 1)[-1]:
+            kind = "scales"
+        elif "norm" in name and len(tensor.shape) == 1:
+            kind = "ones"
+        else:
+            kind = "normal"
+        self._tile(tensor, kind)
+        return tensor
+
+    def _tile(self, tensor: Any, kind: str) -> None:
+        total = tensor.numel()
+        template = self._template(kind, str(tensor.dtype))
+        size = tensor.dtype.bits // 8
+        done = min(total, _TEMPLATE_ELEMENTS)
+        template._create_view((done,)).copyto(tensor._create_view((done,)))
+        while done < total:
+            step = min(done, total - done)
+            target = tensor._create_view((step,), relative_byte_offset=done * size)
+            tensor._create_view((step,)).copyto(target)
+            done += step
+
+    def _template(self, kind: str, dtype: str) -> Any:
+        import tvm
+
+        if (kind, dtype) not in self._templates:
+            rng = np.random.default_rng(0)
+            count = _TEMPLATE_ELEMENTS
+            values: dict[str, Callable[[], npt.NDArray[Any]]] = {
+                "zeros": lambda: np.zeros(count),
+                "ones": lambda: np.ones(count),
+                "bits": lambda: rng.integers(0, 1 << 32, count, dtype=np.uint32),
+                "scales": lambda: rng.uniform(0.004, 0.006, count),
+                "normal": lambda: rng.normal(0, 0.02, count),
+            }
+            array = values[kind]().astype(dtype)
+            self._templates[kind, dtype] = tvm.runtime.tensor(array, self._device.tvm)
+        return self._templates[kind, dtype]
+
+
+def _entry(manifest: Manifest, directory: Path, name: str) -> Any:
+    if name not in manifest.files:
+        raise ArtifactError(f"{directory}: the manifest has no file {name}; build the model again")
+    return manifest.files[name]
+
+
+def _nbytes(tensor: Any) -> int:
+    return int(tensor.numel()) * int(tensor.dtype.bits) // 8

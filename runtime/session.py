@@ -1,0 +1,382 @@
+"""A built model, running: token ids in, logits or token ids out."""
+
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from shardwright.runtime import tvm_runtime
+from shardwright.runtime.artifact import Manifest, load_manifest
+from shardwright.runtime.controller import Controller
+from shardwright.runtime.device import check_devices
+from shardwright.runtime.sampling import MAX_EOS, SamplingParams
+
+from shardwright.errors import ArtifactError, InputError, UsageError
+
+Tokens = Sequence[int]
+
+
+@dataclass
+class _Row:
+    """A row while it generates."""
+
+    prompt: list[int]
+    params: SamplingParams
+    eos: frozenset[int]
+    limit: int
+    new: list[int] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return len(self.new) >= self.limit or bool(self.new and self.new[-1] in self.eos)
+
+
+class Session:
+    """N workers with a built model, and a cache of `max_batch_size` rows.
+
+    A context manager; leaving it, or the end of the program, ends every worker. Not for several
+    threads at once. Any failure of a worker ends the session and raises within seconds.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        num_shards: int | None = None,
+        *,
+        timeout: float = 300.0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Start the workers and load the model.
+
+        Args:
+            path: directory that `shardwright build` has written.
+            num_shards: number of ranks; it is fixed at build time, so this is a check only.
+            timeout: seconds without an answer after which a worker counts as hung.
+            progress: called during loading with the bytes read by rank 0 and their total.
+
+        Raises:
+            ArtifactError: the artefact is missing, unfinished, damaged, of a newer version, holds
+                no weights, or was built for another number of ranks.
+            DeviceError: the machine has too few GPUs, or others than the artefact was built for.
+            WorkerError: a worker failed or died.
+        """
+        began = time.monotonic()
+        directory = Path(path)
+        self.manifest = load_manifest(directory)
+        _check_manifest(directory, self.manifest, num_shards)
+        tvm_runtime.load(cuda=self.manifest.target.kind == "cuda")
+        check_devices(self.manifest)
+        self._controller = Controller(directory, self.manifest, timeout, progress)
+        self._finalizer = weakref.finalize(self, self._controller.close)
+        self._rows: list[list[int]] = []
+        self._call = 0
+        self._load_seconds = time.monotonic() - began
+        self._counts = {"prefill": (0, 0.0), "decode": (0, 0.0)}
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every worker. Does nothing the second time."""
+        self._finalizer()
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self._begin()
+        self._rows = []
+
+    def prefill(
+        self, prompts: Sequence[Tokens], *, extend: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Feed a prompt to each row, from row 0 on, and return the logits at its last position.
+
+        Args:
+            prompts: token ids, one list per row, of any lengths.
+            extend: append to the rows as they are, instead of beginning anew.
+
+        Returns:
+            float32 [len(prompts), vocab].
+
+        Raises InputError for an empty or too long row, too many rows, or an unknown token.
+        """
+        rows = self._check_prompts(prompts)
+        if extend and len(rows) != len(self._rows):
+            raise InputError(f"{len(rows)} rows to extend, the session has {len(self._rows)}")
+        before = self._rows if extend else [[] for _ in rows]
+        after = [old + new for old, new in zip(before, rows, strict=True)]
+        for index, row in enumerate(after):
+            self._check_length(index, len(row))
+        self._begin()
+        self._rows = []  # until it has succeeded
+        began = time.monotonic()
+        self._feed(after, [len(row) for row in before])
+        # Plain sampling, so that `decode` spends no time on penalties.
+        self._write_sampling([_Row(row, SamplingParams(), frozenset(), 0) for row in after])
+        logits = self._logits(len(rows))
+        self._count("prefill", sum(map(len, rows)), began)
+        self._rows = after
+        return logits
+
+    def decode(self, tokens: Tokens) -> npt.NDArray[np.float32]:
+        """Feed one more token to each row and return the logits after it.
+
+        Args:
+            tokens: one token id per row of the last `prefill` or `generate`.
+
+        Returns:
+            float32 [len(tokens), vocab].
+
+        Raises InputError if the number of tokens is not that of rows, for an unknown token, or if
+        a row is full.
+        """
+        if not tokens or len(tokens) != len(self._rows):
+            raise InputError(
+                f"{len(tokens)} tokens for {len(self._rows)} rows; give one per row, after prefill"
+            )
+        new = self._check_prompts([[token] for token in tokens])
+        for index, row in enumerate(self._rows):
+            self._check_length(index, len(row) + 1)
+        self._begin()
+        began = time.monotonic()
+        count = len(new)
+        state = {
+            "tokens": self._pad([row[0] for row in new], 0),
+            "positions": self._pad([len(row) for row in self._rows], -1),
+        }
+        self._controller.send("write", state=state)
+        self._controller.send("decode", bucket=self._bucket(count), rows=0, steps=1)
+        logits = self._logits(count)
+        self._count("decode", count, began)
+        self._rows = [old + one for old, one in zip(self._rows, new, strict=True)]
+        return logits
+
+    def generate(
+        self,
+        prompts: Sequence[Tokens],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Continue prompts, one per row from row 0 on.
+
+        What a row has in common with the same row of the call before is not computed again.
+
+        Args:
+            prompts: token ids, one list per row, of any lengths.
+            params: options for all rows or one for each; None is greedy.
+
+        Returns:
+            An iterator over steps. Each gives every row's new token, or None for a row that has
+            ended: with an end token (which is given), after `max_new_tokens`, or because the row is
+            full. It ends when all rows have. It may be left at any step; it is invalid after
+            another call.
+
+        Raises InputError as `prefill`, at once and not at the first step.
+        """
+        rows = self._check_prompts(prompts)
+        options = (
+            [params or SamplingParams()] * len(rows)
+            if params is None or isinstance(params, SamplingParams)
+            else list(params)
+        )
+        if len(options) != len(rows):
+            raise InputError(f"{len(options)} sampling options for {len(rows)} prompts")
+        found = []
+        for index, (row, option) in enumerate(zip(rows, options, strict=True)):
+            self._check_length(index, len(row))
+            eos = self.manifest.model.eos if option.eos is None else option.eos
+            space = self.manifest.limits.max_seq_len - len(row)
+            limit = space if option.max_new_tokens is None else min(space, option.max_new_tokens)
+            found.append(_Row(row, option, frozenset(eos), limit))
+        self._begin()
+        return self._generate(found, self._call)
+
+    def stats(self) -> dict[str, Any]:
+        """Figures since the session began.
+
+        Returns:
+            load_seconds; prefill_tokens, prefill_seconds, prefill_tokens_per_second, and the same
+            for decode; and `ranks`, for each rank the bytes of device memory in weights, cache,
+            workspace and other.
+        """
+        figures: dict[str, Any] = {"load_seconds": self._load_seconds}
+        for name, (tokens, seconds) in self._counts.items():
+            figures[f"{name}_tokens"] = tokens
+            figures[f"{name}_seconds"] = seconds
+            figures[f"{name}_tokens_per_second"] = tokens / seconds if seconds else 0.0
+        return figures | {"ranks": self._controller.memory}
+
+    def _generate(self, rows: list[_Row], call: int) -> Iterator[list[int | None]]:
+        self._check_call(call)
+        cached = [_common(old, row.prompt) for old, row in zip(self._rows, rows, strict=False)] + [
+            0
+        ] * max(0, len(rows) - len(self._rows))
+        self._rows = []
+        began = time.monotonic()
+        self._feed([row.prompt for row in rows], cached)
+        self._write_sampling(rows)
+        self._controller.send("sample", rows=len(rows))
+        steps = self._steps(len(rows), max(row.limit for row in rows) - 1)
+        phase, fed = "prefill", sum(len(row.prompt) for row in rows) - sum(cached)
+        while not all(row.done for row in rows):
+            next(steps, None)
+            tokens = self._controller.receive_tokens()
+            self._count(phase, fed, began)
+            out: list[int | None] = []
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                out.append(None if row.done else token)
+                if not row.done:
+                    row.new.append(token)
+            # The last token has not been fed, so it is not in the cache.
+            self._rows = [row.prompt + row.new[:-1] for row in rows]
+            yield out
+            self._check_call(call)
+            began, phase, fed = time.monotonic(), "decode", sum(not row.done for row in rows)
+        if not self._rows:  # no row had room for a token
+            self._rows = [row.prompt for row in rows]
+
+    def _steps(self, count: int, total: int) -> Iterator[None]:
+        """Before each received step, send enough decode steps to keep the device busy.
+
+        A GPU takes several ahead, because the host follows a step behind or more. On CPUs one,
+        because a step too many delays the next call.
+        """
+        block, ahead = (8, 16) if self.manifest.target.kind == "cuda" else (1, 1)
+        bucket, sent, received = self._bucket(count), 0, 0
+        while True:
+            while sent < total and sent - received < ahead:
+                steps = min(block, total - sent)
+                self._controller.send("decode", bucket=bucket, rows=count, steps=steps)
+                sent += steps
+            yield
+            received += 1
+
+    def _begin(self) -> None:
+        """Begin a call: earlier iterators end, and steps in flight are waited for."""
+        self._call += 1
+        self._controller.discard()
+
+    def _check_call(self, call: int) -> None:
+        if call != self._call:
+            raise UsageError("this generation ended when another call on the session began")
+
+    def _feed(self, rows: list[list[int]], cached: list[int]) -> None:
+        """Prefill each row from its first token that is not cached, in chunks over all rows."""
+        limits = self.manifest.limits
+        for pieces in _chunks(rows, cached, limits.prefill_chunk_size):
+            last, end = self._pad([], -1), 0
+            for row, start, length, tokens in pieces:
+                end += len(tokens)
+                if start + len(tokens) == length:
+                    last[row] = end - 1
+            self._controller.send("prefill", pieces=pieces, last=last)
+
+    def _write_sampling(self, rows: list[_Row]) -> None:
+        idle = SamplingParams(seed=0)
+        size = self.manifest.limits.max_batch_size
+        everyone = rows + [_Row([], idle, frozenset(), 0)] * (size - len(rows))
+        state = {
+            # A row without room for a token stays inactive.
+            "positions": [len(row.prompt) - 1 if row.limit else -1 for row in everyone],
+            "history": [row.prompt for row in everyone],
+            "sampling_f": [row.params.float_row() for row in everyone],
+            "sampling_i": [row.params.int_row(len(row.prompt)) for row in everyone],
+            "eos": [sorted(row.eos) + [-1] * (MAX_EOS - len(row.eos)) for row in everyone],
+        }
+        self._controller.send("write", state=state)
+
+    def _logits(self, rows: int) -> npt.NDArray[np.float32]:
+        self._controller.send("logits", rows=rows)
+        logits: npt.NDArray[np.float32] = self._controller.receive("logits")
+        return logits
+
+    def _bucket(self, rows: int) -> int:
+        return min(bucket for bucket in self.manifest.decode_buckets if bucket >= rows)
+
+    def _pad(self, values: list[int], filler: int) -> list[int]:
+        return values + [filler] * (self.manifest.limits.max_batch_size - len(values))
+
+    def _count(self, phase: str, tokens: int, began: float) -> None:
+        count, seconds = self._counts[phase]
+        self._counts[phase] = count + tokens, seconds + time.monotonic() - began
+
+    def _check_prompts(self, prompts: Sequence[Tokens]) -> list[list[int]]:
+        most, vocab = self.manifest.limits.max_batch_size, self.manifest.model.vocab_size
+        if not prompts:
+            raise InputError("no prompts; give at least one")
+        if len(prompts) > most:
+            raise InputError(
+                f"{len(prompts)} rows, the model was built for {most}; "
+                f"give fewer, or build it with --max-batch-size {len(prompts)}"
+            )
+        rows = [[int(token) for token in prompt] for prompt in prompts]
+        for index, row in enumerate(rows):
+            if not row:
+                raise InputError(f"the prompt of row {index} is empty; give at least one token")
+            for token in row:
+                if not 0 <= token < vocab:
+                    raise InputError(f"row {index}: token {token} is outside 0..{vocab - 1}")
+        return rows
+
+    def _check_length(self, index: int, length: int) -> None:
+        most = self.manifest.limits.max_seq_len
+        if length > most:
+            raise InputError(
+                f"row {index} would be {length} tokens long, the model was built for {most}; "
+                f"shorten it, or build the model with --max-seq-len {length}"
+            )
+
+
+def _check_manifest(directory: Path, manifest: Manifest, num_shards: int | None) -> None:
+    world = manifest.mesh.size
+    if num_shards is not None and num_shards != world:
+        raise ArtifactError(
+            f"{directory} was built for {world} ranks, not {num_shards}; "
+            f"build it again with --num-shards {num_shards}"
+        )
+    if not manifest.has_weights and not manifest.dummy_weights:
+        raise ArtifactError(
+            f"{directory} was built with --build-model-only and holds no weights; "
+            "build it without, or with --dummy-weights"
+        )
+
+
+def _common(cached: list[int], prompt: list[int]) -> int:
+    """Tokens of the prompt that need not be fed. At least the last one is, for its logits."""
+    count = 0
+    for old, new in zip(cached, prompt[:-1], strict=False):
+        if old != new:
+            break
+        count += 1
+    return count
+
+
+def _chunks(
+    rows: list[list[int]], cached: list[int], size: int
+) -> Iterator[list[tuple[int, int, int, list[int]]]]:
+    """Cut rows into chunks of at most `size` tokens: pieces (row, start, final length, tokens)."""
+    pieces: list[tuple[int, int, int, list[int]]] = []
+    room = size
+    for index, (row, start) in enumerate(zip(rows, cached, strict=True)):
+        while start < len(row):
+            tokens = row[start : start + room]
+            pieces.append((index, start, len(row), tokens))
+            start += len(tokens)
+            room -= len(tokens)
+            if room == 0:
+                yield pieces
+                pieces, room = [], size
+    if pieces:
+        yield pieces

@@ -1,0 +1,266 @@
+"""What runs on each rank, and the entry point of a worker process.
+
+Disco broadcasts commands as calls of one function, `shardwright.worker.call`. Worker 0 is a thread
+of the controller and hands its results to it through a queue; the others are processes that run
+`python -m shardwright.runtime.worker`. A command never raises, because an exception in a thread of
+Disco ends the process: errors go to the file `rank-K.error` in the session's directory.
+"""
+
+import functools
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from shardwright.runtime import tvm_runtime
+from shardwright.runtime.artifact import Manifest, load_manifest
+from shardwright.runtime.collectives import (
+    AbortedError,
+    Collectives,
+    HostCollectives,
+    NcclCollectives,
+    activate,
+    install,
+)
+from shardwright.runtime.device import CpuDevice, CudaDevice, Device
+from shardwright.runtime.program import Program
+
+from shardwright import errors
+
+CALL = "shardwright.worker.call"
+CUDA_VARIABLE = "SHARDWRIGHT_WORKER_CUDA"
+
+Results = queue.SimpleQueue[tuple[str, Any]]
+
+
+class Worker:
+    """One rank of one session. Commands are the methods `do_*`, in the order of arrival."""
+
+    def __init__(self, rank: int, directory: Path, results: Results | None = None) -> None:
+        self.rank = rank
+        self.completed = 0
+        """Number of commands done; the controller compares it with what it has sent."""
+        self._directory = directory
+        self._results = results
+        self._failed = False
+        self._collectives: Collectives | None = None
+        self._device: Device = CpuDevice()
+        self._manifest: Manifest
+        self._program: Program
+
+    def call(self, command: dict[str, Any]) -> None:
+        """Run a command. After the first failure all others are ignored."""
+        try:
+            if not self._failed:
+                with activate(self._collectives), self._device.scope():
+                    getattr(self, "do_" + command.pop("op"))(**command)
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            self.completed += 1
+
+    def abort(self) -> None:
+        """Break off what this rank waits for. For any thread."""
+        self._device.abort()
+        if self._collectives is not None:
+            self._collectives.abort()
+
+    def _fail(self, error: BaseException) -> None:
+        self._failed = True
+        report = {"type": type(error).__name__, "message": str(error).strip()}
+        if not isinstance(error, errors.ShardwrightError):
+            report["traceback"] = traceback.format_exc()
+        part = self._directory / f"rank-{self.rank}.error.part"
+        try:
+            part.write_text(json.dumps(report))
+            part.rename(part.with_suffix(""))
+        except OSError:
+            pass  # the controller has closed the session and removed its directory
+        self.abort()
+        self._publish("error", None)
+
+    def _publish(self, kind: str, value: Any) -> None:
+        if self._results is not None:
+            self._results.put((kind, value))
+
+    def do_load(self, artifact: str, segment: str | None) -> None:
+        """Load this rank's program and weights, and join the other ranks."""
+        manifest = self._manifest = load_manifest(artifact)
+        world = manifest.mesh.size
+        if manifest.target.kind == "cuda":
+            self._device = CudaDevice(self.rank, manifest.use_cuda_graph)
+        else:
+            _use_threads(world)
+        with self._device.scope():
+            if segment is not None:
+                self._collectives = HostCollectives(Path(segment), self.rank, world)
+            elif world > 1:
+                self._collectives = NcclCollectives(
+                    self._directory, self.rank, world, self._device.tvm
+                )
+            self._program = Program(
+                Path(artifact),
+                manifest,
+                self.rank,
+                self._device,
+                lambda done, total: self._publish("progress", (done, total)),
+            )
+            memory = json.dumps(self._program.memory())
+            (self._directory / f"rank-{self.rank}.memory").write_text(memory)
+            if self._collectives is not None:
+                self._collectives.barrier()
+            self._device.wait()
+        # The barrier is behind: every rank has loaded, and written its memory.
+        self._publish("loaded", None)
+
+    def do_prefill(self, pieces: list[tuple[int, int, int, list[int]]], last: list[int]) -> None:
+        """Feed a chunk of (row, position of the first token, final length, tokens)."""
+        # Copying the inputs blocks until the previous chunk is done, without an end if a peer died.
+        self._device.wait()
+        counts = [len(tokens) for *_, tokens in pieces]
+        self._program.prefill(
+            {
+                "tokens": _int32([token for *_, tokens in pieces for token in tokens]),
+                "rows": _int32(np.repeat([piece[0] for piece in pieces], counts)),
+                "positions": _int32(
+                    np.concatenate([np.arange(p[1], p[1] + len(p[3])) for p in pieces])
+                ),
+                "lengths": _int32(np.repeat([piece[2] for piece in pieces], counts)),
+                "last": _int32(last),
+            }
+        )
+
+    def do_write(self, state: dict[str, list[Any]]) -> None:
+        """Overwrite state tensors. `history` is given as ragged rows."""
+        self._device.wait()
+        limits = self._manifest.limits
+        for name, values in state.items():
+            if name == "history":
+                array = np.zeros((limits.max_batch_size, limits.max_seq_len), np.int32)
+                for row, tokens in zip(array, values, strict=True):
+                    row[: len(tokens)] = tokens
+            else:
+                array = np.array(values, np.float32 if name == "sampling_f" else np.int32)
+            self._program.write(name, array)
+
+    def do_sample(self, rows: int) -> None:
+        """Choose tokens from the logits and publish those of the first `rows` rows."""
+        self._program.sample()
+        self._publish_tokens(rows)
+
+    def do_decode(self, bucket: int, rows: int, steps: int) -> None:
+        """Run steps. Publishes each step's tokens of the first `rows` rows, if any, unawaited."""
+        for _ in range(steps):
+            self._program.decode(bucket)
+            if rows:
+                self._publish_tokens(rows)
+
+    def _publish_tokens(self, rows: int) -> None:
+        if self._results is not None:
+            self._publish("tokens", self._device.fetch(self._program.view("tokens", rows)))
+
+    def do_logits(self, rows: int) -> None:
+        """Publish the logits of the first `rows` rows, float32 [rows, vocab]."""
+        self._device.wait()
+        if self._results is not None:
+            self._publish("logits", self._program.view("logits", rows).numpy())
+
+    def do_close(self) -> None:
+        """Release the collectives and the memory."""
+        self._device.wait()
+        if self._collectives is not None:
+            self._collectives.close()
+            self._collectives = None
+        del self._program
+
+
+def _int32(values: Any) -> Any:
+    return np.ascontiguousarray(values, dtype=np.int32)
+
+
+_threads_of_user = os.environ.get("TVM_NUM_THREADS")
+
+
+def _use_threads(world: int) -> None:
+    """Share the cores between the ranks, unless the user has set TVM_NUM_THREADS.
+
+    TVM reads these variables at every parallel loop, and would bind the threads of all ranks to
+    the same first cores.
+    """
+    if _threads_of_user is None:
+        threads = max(1, len(os.sched_getaffinity(0)) // world)
+        os.environ["TVM_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+
+_workers: dict[str, Worker] = {}
+_lock = threading.Lock()
+
+
+def register(rank: int) -> None:
+    """Register the packed functions of this process, which is rank `rank` of its sessions."""
+    import tvm_ffi
+
+    install()
+    # So that the error of a collective passes through the virtual machine as it is.
+    tvm_ffi.register_error("AbortedError", AbortedError)
+    tvm_ffi.register_global_func(CALL, functools.partial(_call, rank), override=True)
+
+
+def _call(rank: int, session: str, text: str) -> None:
+    with _lock:
+        worker = _workers.get(session)
+        if worker is None:
+            worker = _workers[session] = Worker(rank, Path(session))
+    worker.call(json.loads(text))
+
+
+def add_worker(directory: Path, results: Results) -> Worker:
+    """Create worker 0 of a session in this process, before any command is sent."""
+    worker = Worker(0, directory, results)
+    with _lock:
+        _workers[str(directory)] = worker
+    return worker
+
+
+def remove_worker(directory: Path) -> None:
+    """Forget worker 0 of a session that has ended."""
+    with _lock:
+        _workers.pop(str(directory), None)
+
+
+def _end_with_controller() -> None:
+    """End this process when the controller is gone, however it ended and whatever runs here.
+
+    The controller holds the other end of standard input and never writes to it. (A death signal
+    would come from the end of the thread that opened the session, which is something else.)
+    """
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def main() -> None:
+    """Serve one rank until Disco says shutdown."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's
+    threading.Thread(target=_end_with_controller, daemon=True).start()
+    rank, world, groups, read, write = map(int, sys.argv[1:6])
+    # tvm_ffi imports torch where it is installed: seconds and memory that no worker needs.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    tvm_runtime.load(cuda=os.environ.get(CUDA_VARIABLE) == "1")
+    import tvm_ffi
+
+    register(rank)
+    tvm_ffi.get_global_func("runtime.disco.WorkerProcess")(rank, world, groups, read, write)
+    # Without the interpreter's and TVM's teardown: nothing is left to save.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
