@@ -53,7 +53,7 @@ def propagate(func: relax.Function, params: dict[str, Placement]) -> Plan:
     for binding in bindings_of(func):
         var, value = binding.var, binding.value
         if isinstance(value, relax.Call):
-            step = _step(value, plan, weights)
+            step = step_of(value, plan, weights)
             if all(x in weights for x in operands_of(value)):
                 weights.add(var)
             plan.steps[var] = step
@@ -80,7 +80,11 @@ def bindings_of(func: relax.Function) -> Iterator[relax.VarBinding]:
         yield from block.bindings
 
 
-def _step(call: relax.Call, plan: Plan, weights: set[relax.Var]) -> Step:
+def step_of(call: relax.Call, plan: Plan, weights: set[relax.Var]) -> Step:
+    """Where the operands of `call` must lie, given `plan` so far, and where its results will.
+
+    Raises ShardingError if it has no rule, or if one of `weights` would have to move.
+    """
     rule, name = rule_of(call), op_name(call)
     operands = operands_of(call)
     if len(operands) != len(rule.operands):

@@ -235,10 +235,10 @@ ABSTRACT_RULES: dict[str, Rule] = {
     "shardwright.attention": parse(
         "N q D, L P k S D, L P k S D, B M, N, N, (), () -> N q D", check=_attention_check
     ),
+    # A look-up in a table cut along its rows, by the rank's number.
+    "shardwright.embed": parse("v E, N, R -> N E", sums=frozenset("v")),
     "shardwright.store_logits": parse("B V, B, B V -> B V"),
-    "shardwright.sample": parse(
-        "B V, B V, B, B, B M, B F, B I, B E -> B V, B, B, B M",
-    ),
+    "shardwright.sample": parse("B V, B V, B, B, B M, B F, B I, B E -> B V, B, B, B M"),
 }
 
 

@@ -175,6 +175,7 @@ def q4_take(
             T.writes()
             for t in for_blocks(n, gpu):
                 for tid in for_threads(threads, gpu):
+                    unpacked = T.alloc_buffer((8,), dtype, scope="local")
                     row: T.int32 = ids[t] - rank[0] * vocab_rows
                     if row >= 0 and row < vocab_rows:
                         for i in T.serial((words + threads - 1 - tid) // threads):
@@ -182,15 +183,17 @@ def q4_take(
                             factor: T.let[T.float32] = T.cast(
                                 scale[row, (tid + i * threads) * 8 // group], "float32"
                             )
-                            for l in T.vectorized(8):
+                            for l in T.unroll(8):
                                 nibble = T.meta_var(
                                     T.bitwise_and(
                                         T.shift_right(word, T.cast(l * 4, "uint32")), T.uint32(15)
                                     )
                                 )
-                                out[t, (tid + i * threads) * 8 + l] = T.cast(
+                                unpacked[l] = T.cast(
                                     T.cast(T.cast(nibble, "int32") - 7, "float32") * factor, dtype
                                 )
+                            for l in T.vectorized(8):
+                                out[t, (tid + i * threads) * 8 + l] = unpacked[l]
                     else:
                         for i in T.serial((words + threads - 1 - tid) // threads):
                             for l in T.vectorized(8):

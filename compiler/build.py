@@ -1,0 +1,343 @@
+"""Build: from a checkpoint to an artefact directory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from math import gcd
+from pathlib import Path
+from typing import Any, Protocol
+
+import tvm
+from tvm import relax
+
+from shardwright import __version__
+from shardwright.compiler import cuda, linear, pipeline
+from shardwright.compiler.axes import BLOCK, AxisRules, DeviceMesh
+from shardwright.compiler.checkpoint import Checkpoint
+from shardwright.compiler.explain import explain
+from shardwright.compiler.lower import lower_abstract
+from shardwright.compiler.partition import Partitioned, partition
+from shardwright.compiler.placement import Placement, local_shape
+from shardwright.compiler.quantization import Quantization, quantization
+from shardwright.compiler.rules import shape_of
+from shardwright.compiler.trace import Limits, Traced, trace
+from shardwright.compiler.verify import verify
+from shardwright.compiler.weights import Source, Weight, ignore_buffers, write_shards
+from shardwright.compiler.workspace import PlanWorkspace
+from shardwright.errors import ConfigError, UsageError
+from shardwright.model_defs import family_of
+from shardwright.runtime import artifact
+
+MAX_RANKS = 16
+DEFAULT_MAX_SEQ_LEN = 4096
+DEFAULT_CHUNK = {"cpu": 256, "cuda": 2048}
+PAGE_SIZE = 16
+
+
+class Progress(Protocol):
+    """Where a build reports its steps; the command line shows bars."""
+
+    def step(
+        self, name: str, total: int | None = None
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        """A step begins; call what is yielded with how far it advanced, out of `total`."""
+
+
+class Silent:
+    """Reports nothing."""
+
+    @contextmanager
+    def step(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """See `Progress`."""
+        yield lambda amount: None
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build. `model` is a directory or a Hugging Face name; `out` the artefact directory.
+
+    `max_seq_len` and `prefill_chunk_size` are in tokens, `max_batch_size` in rows. Left out, they
+    are the model's length up to 4096, and 256 (CPU) or 2048 (CUDA).
+    """
+
+    model: str
+    out: Path
+    quantization: str = "q4f16_1"
+    num_shards: int = 1
+    target: str = "cpu"
+    archs: tuple[str, ...] = ()
+    max_seq_len: int | None = None
+    max_batch_size: int = 8
+    prefill_chunk_size: int | None = None
+    use_cuda_graph: bool = False
+    build_model_only: bool = False
+    dummy_weights: bool = False
+    explain: bool = False
+    dump_ir: Path | None = None
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """The artefact's directory, and the text of `--explain`."""
+
+    path: Path
+    explanation: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """A partitioned program before lowering: what `compile_program` makes of a model."""
+
+    traced: Traced
+    partitioned: Partitioned
+    mod: tvm.IRModule
+    weights: dict[str, Weight]
+    placements: dict[str, Placement]
+    mesh: DeviceMesh
+
+
+def build(options: BuildOptions, progress: Progress | None = None) -> BuildResult:
+    """Compile `options.model` for `options.num_shards` ranks and write the artefact.
+
+    The manifest is written last: an interrupted build leaves none. Raises UsageError for options
+    that do not fit, and ConfigError, CheckpointError, ShardingError or BuildError.
+    """
+    progress = progress or Silent()
+    target = target_of(options)
+    scheme = quantization(options.quantization)
+    with_weights = not (options.build_model_only or options.dummy_weights)
+    checkpoint = Checkpoint.open(options.model, weights=with_weights)
+    architecture, family = family_of(checkpoint.config)
+    config = family.config.from_hf(checkpoint.config)
+    limits = limits_of(options, config)
+    _prepare(options.out)
+
+    with progress.step("Partition"):
+        model = family.model(config, scheme.dtype)
+        program = partition_program(model, scheme, limits, options.num_shards, options.dump_ir)
+    with progress.step("Compile"):
+        library = options.out / "model.so"
+        workspace, functions = compile_program(program, target, limits, library, options.dump_ir)
+    files = {"model.so": artifact.file_entry(library)}
+    if with_weights:
+        files |= _write_weights(checkpoint, program, config, options, progress)
+    files |= _copy_tokenizer(checkpoint, options.out)
+
+    state = {
+        name: artifact.TensorSpec(name, local_shape(s.shape, program.placements[name]), s.dtype)
+        for name, s in program.traced.state.items()
+    }
+    state["rank"] = artifact.TensorSpec("rank", (1,), "int32")
+    manifest = artifact.Manifest(
+        version=__version__,
+        name=options.out.resolve().name,
+        model=artifact.Model(
+            architecture=architecture,
+            config=checkpoint.config,
+            vocab_size=config.vocab_size,
+            bos=config.bos_token_id[0] if config.bos_token_id else None,
+            eos=config.eos_token_id,
+            num_layers=config.num_hidden_layers,
+        ),
+        target=artifact.Target(options.target, options.archs),
+        mesh=artifact.Mesh(program.mesh.axes, program.mesh.shape),
+        quantization=scheme.name,
+        dtype=scheme.dtype,
+        limits=artifact.Limits(
+            limits.max_seq_len,
+            limits.max_batch_size,
+            limits.prefill_chunk_size,
+            limits.page_size,
+            limits.num_pages,
+        ),
+        use_cuda_graph=options.use_cuda_graph,
+        decode_buckets=tuple(limits.buckets),
+        workspace_bytes=workspace,
+        state=tuple(state.values()),
+        functions=functions,
+        weights=tuple(_weight_specs(program.weights.values())),
+        has_weights=with_weights or options.dummy_weights,
+        dummy_weights=options.dummy_weights,
+        files=files,
+    )
+    artifact.write_manifest(options.out, manifest)
+    return BuildResult(options.out, _explanation(program) if options.explain else "")
+
+
+def target_of(options: BuildOptions) -> tvm.target.Target:
+    """TVM's target for the options. Raises UsageError for one that cannot be built."""
+    if not 1 <= options.num_shards <= MAX_RANKS:
+        raise UsageError(f"--num-shards {options.num_shards}: must be from 1 to {MAX_RANKS}")
+    if options.target == "cuda":
+        target = cuda.cuda_target(options.archs)
+        cuda.install_hook(options.archs)
+        return target
+    if options.target == "rocm":
+        raise UsageError("--target rocm is not built yet; this version builds cpu and cuda")
+    if options.target != "cpu":
+        raise UsageError(f"--target {options.target} is unknown; choose cpu or cuda")
+    if options.archs:
+        raise UsageError("--arch is for --target cuda")
+    if options.use_cuda_graph:
+        raise UsageError("--use-cuda-graph is for --target cuda")
+    return tvm.target.Target({"kind": "llvm", "mcpu": _host_cpu()})
+
+
+def _host_cpu() -> str:
+    cpu = tvm.get_global_func("target.llvm_get_system_cpu", allow_missing=True)
+    return str(cpu()) if cpu else "generic"
+
+
+def limits_of(options: BuildOptions, config: Any) -> Limits:
+    """Sizes of the build. Raises UsageError for lengths beyond what the model was trained for."""
+    trained = config.max_position_embeddings
+    # Only "dynamic" scaling is meant to go on beyond the trained length.
+    extends = config.rope_scaling.type == "dynamic"
+    seq = options.max_seq_len or min(trained, DEFAULT_MAX_SEQ_LEN)
+    if seq > trained and not extends:
+        raise UsageError(f"--max-seq-len {seq}: the model was trained for at most {trained} tokens")
+    chunk = min(options.prefill_chunk_size or DEFAULT_CHUNK[options.target], seq)
+    return Limits(seq, options.max_batch_size, chunk, PAGE_SIZE)
+
+
+def partition_program(
+    model: Any, scheme: Quantization, limits: Limits, ranks: int, dump_ir: Path | None = None
+) -> Program:
+    """Trace, partition, verify, join and quantize: the local program before any kernel exists."""
+    traced = trace(model, scheme.dtype, limits)
+    pipeline.dump(traced.mod, dump_ir, "0-traced")
+    mesh = DeviceMesh(("tp",), (ranks,))
+    rules = AxisRules(mesh, model.config)
+    shapes = {p.name: shape_of(p) for p in traced.mod["prefill"].params}
+    placements = {n: rules.placement(shapes[n], axes) for n, axes in traced.param_axes.items()}
+    placements |= {s.name: rules.placement(s.shape, s.axes) for s in traced.state.values()}
+    # A prefill's tokens are the chunk's, and share names with per-row state; none is sharded.
+    partitioned = partition(traced.mod, placements, ranks)
+    verify(partitioned, placements, ranks)
+    pipeline.dump(partitioned.mod, dump_ir, "1-partitioned")
+
+    table = {
+        n: Weight(n, (Source(n, shapes[n], placements[n]),), scheme.dtype) for n in traced.param_axes
+    }
+    weights = linear.Weights(table)
+    mod = linear.name_linears(partitioned.mod)
+    mod = linear.join_linears(mod, weights)
+    if scheme.bits == 4:
+        groups = {
+            name: _group(name, axes, scheme.group, model.config)
+            for name, axes in traced.param_axes.items()
+            if len(axes) == 2
+        }
+        mod = linear.quantize(mod, weights, groups)
+    pipeline.dump(mod, dump_ir, "2-linear")
+    return Program(traced, partitioned, mod, weights.table, placements, mesh)
+
+
+def _group(name: str, axes: tuple[str, ...], group: int, config: Any) -> int:
+    """Elements of a row that share a scale: `group`, or what divides the blocks the row is cut in.
+
+    It must not depend on the number of ranks, so that their results do not either.
+    """
+    unit = {"heads": config.head_dim, "kv_heads": config.head_dim}.get(axes[1], BLOCK)
+    fitting = gcd(group, unit)
+    if fitting < 8:
+        raise ConfigError(
+            f"config.json: head_dim {unit} leaves quantization groups of {fitting} elements in "
+            f"{name}; build with --quantization q0f16"
+        )
+    return fitting
+
+
+def compile_program(
+    program: Program,
+    target: tvm.target.Target,
+    limits: Limits,
+    library: Path,
+    dump_ir: Path | None = None,
+) -> tuple[int, dict[str, artifact.Function]]:
+    """Lower and compile `program` to `library`; bytes of workspace, and function signatures."""
+    workspace = PlanWorkspace()
+    with target:
+        mod = lower_abstract(program.mod, target)
+        pipeline.dump(mod, dump_ir, "3-lowered")
+        prefill = mod["prefill"]
+        bound = {"n": limits.prefill_chunk_size}
+        mod.update_func(
+            mod.get_global_var("prefill"), prefill.with_attr("tir_var_upper_bound", bound)
+        )
+        mod = tvm.transform.Sequential(pipeline.legalize(target) + pipeline.schedule(target))(mod)
+        pipeline.dump(mod, dump_ir, "4-scheduled")
+        mod = tvm.transform.Sequential(pipeline.to_vm(workspace)[:7])(mod)
+        functions = {
+            gv.name_hint: artifact.Function(tuple(map(_argument, func.params)))
+            for gv, func in mod.functions_items()
+            if isinstance(func, relax.Function)
+        }
+        mod = tvm.transform.Sequential(pipeline.to_vm(workspace)[7:])(mod)
+        pipeline.dump(mod, dump_ir, "5-vm")
+        executable = relax.build(mod, target, relax_pipeline=None)
+    executable.export_library(str(library))
+    return workspace.bytes, functions
+
+
+def _argument(param: relax.Var) -> artifact.TensorSpec:
+    if not isinstance(param.ty, relax.TensorType):
+        return artifact.TensorSpec(param.name, (), "object")
+    shape = tuple(d if isinstance(d, int) else str(d) for d in shape_of(param))
+    return artifact.TensorSpec(param.name, shape, str(param.ty.dtype))
+
+
+def _weight_specs(weights: Any) -> Iterator[artifact.WeightSpec]:
+    for weight in weights:
+        placement = " + ".join(dict.fromkeys(str(s.placement) for s in weight.sources))
+        for name, shape, dtype in weight.tensors():
+            yield artifact.WeightSpec(name, shape, dtype, placement)
+
+
+def _prepare(out: Path) -> None:
+    """An empty or earlier artefact directory without its manifest and shards."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / artifact.MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(out / "shards", ignore_errors=True)
+
+
+def _write_weights(
+    checkpoint: Checkpoint,
+    program: Program,
+    config: Any,
+    options: BuildOptions,
+    progress: Progress,
+) -> dict[str, artifact.FileEntry]:
+    def ignored(name: str) -> bool:
+        tied = config.tie_word_embeddings and name == "lm_head.weight"
+        return tied or ignore_buffers(name)
+
+    with progress.step("Write weights", 100) as advance:
+        shown = 0
+
+        def report(done: int, total: int) -> None:
+            nonlocal shown
+            percent = 100 * done // max(total, 1)
+            advance(percent - shown)
+            shown = percent
+
+        weights = list(program.weights.values())
+        return write_shards(checkpoint, weights, options.num_shards, options.out, report, ignored)
+
+
+def _copy_tokenizer(checkpoint: Checkpoint, out: Path) -> dict[str, artifact.FileEntry]:
+    files = {}
+    for path in checkpoint.tokenizer_files():
+        shutil.copyfile(path, out / path.name)
+        files[path.name] = artifact.file_entry(out / path.name)
+    return files
+
+
+def _explanation(program: Program) -> str:
+    state = {
+        name: (s.shape, program.placements[name]) for name, s in program.traced.state.items()
+    }
+    return explain(program.mesh, program.weights.values(), state, program.partitioned)

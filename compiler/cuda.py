@@ -1,0 +1,104 @@
+"""CUDA code ahead of time, on a build machine without a GPU.
+
+TVM's CUDA module factory calls a Python hook with the source of all kernels and stores what it
+returns. Ours runs nvcc for every architecture asked for and adds PTX for later ones. The factory
+lives in TVM's CUDA runtime, which wants the driver's library; where there is none, a stand-in whose
+functions all fail satisfies the loader, since building calls none of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import tvm
+import tvm_ffi
+
+from shardwright.errors import BuildError, UsageError
+from shardwright.runtime.native import load_native
+from shardwright.runtime.tvm_runtime import load_cuda_library
+
+_ARCH = re.compile(r"sm_(\d+)([af]?)")
+
+
+def cuda_target(archs: tuple[str, ...]) -> tvm.target.Target:
+    """TVM's target for kernels that must run on all of `archs`, such as `("sm_89", "sm_90a")`.
+
+    Raises UsageError for a name that is no CUDA architecture, or one below sm_80.
+    """
+    if not archs:
+        raise UsageError("--target cuda needs --arch, for example --arch sm_89,sm_90a")
+    for arch in archs:
+        match = _ARCH.fullmatch(arch)
+        if not match or int(match[1]) < 80:
+            raise UsageError(
+                f"--arch {arch}: not a CUDA architecture of sm_80 or later, such as sm_86, sm_90a"
+            )
+    oldest = min(archs, key=_version)
+    return tvm.target.Target(
+        {
+            "kind": "cuda",
+            "arch": f"sm_{_version(oldest)}",
+            "max_threads_per_block": 1024,
+            "max_shared_memory_per_block": 49152,
+            "thread_warp_size": 32,
+        },
+        host="llvm",
+    )
+
+
+def install_hook(archs: tuple[str, ...]) -> None:
+    """Make TVM compile CUDA source for `archs` with nvcc. Raises BuildError without nvcc."""
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        raise BuildError("nvcc is not on PATH; install the CUDA toolkit 13 (a GPU is not needed)")
+    _load_module_factory()
+
+    def compile_source(source: str) -> bytes:
+        return _compile(nvcc, source, archs)
+
+    tvm_ffi.register_global_func("tvm_callback_cuda_compile", compile_source, override=True)
+
+
+def _load_module_factory() -> None:
+    if tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is not None:
+        return
+    load_cuda_library("libcudart.so.13")
+    try:
+        ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        load_native(Path(__file__).with_name("cuda_driver_stub.cc"), soname="libcuda.so.1")
+    library = Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"
+    try:
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise BuildError(f"TVM's CUDA runtime cannot be loaded: {error}") from None
+
+
+def _version(arch: str) -> int:
+    match = _ARCH.fullmatch(arch)
+    assert match is not None
+    return int(match[1])
+
+
+def _compile(nvcc: str, source: str, archs: tuple[str, ...]) -> bytes:
+    """A fat binary with code for each of `archs`, and PTX of the latest for what comes after."""
+    codes = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in archs]
+    # PTX of an architecture-specific target (90a) runs on that architecture only.
+    latest = max(map(_version, archs))
+    codes.append(f"-gencode=arch=compute_{latest},code=compute_{latest}")
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "kernels.cu"
+        path.write_text(source)
+        out = path.with_suffix(".fatbin")
+        command = [nvcc, "-fatbin", "-O3", "-std=c++17", "--threads", "2", *codes]
+        done = subprocess.run(
+            [*command, "-o", str(out), str(path)], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise BuildError(f"nvcc failed:\n{done.stderr[-2000:]}")
+        return out.read_bytes()

@@ -1,0 +1,264 @@
+"""Passes on the matrix products of the local view: name them, join them, quantize them.
+
+They run after partitioning, on local shapes. What they do to weights is recorded in `Weight`s,
+from which the checkpoint is sliced, joined and quantized.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import reduce
+
+import tvm
+from tvm import relax
+
+from shardwright.compiler.propagate import bindings_of
+from shardwright.compiler.rules import op_name, operands_of, shape_of
+from shardwright.compiler.weights import Weight
+
+Emit = Callable[[relax.Var, relax.Call], "relax.Expr | None"]
+
+
+@dataclass
+class Weights:
+    """The program's weights by name, in argument order."""
+
+    table: dict[str, Weight]
+
+    def variables(self, name: str) -> list[relax.Var]:
+        """Fresh argument variables for the tensors of weight `name`."""
+        return [
+            relax.Var(tensor, relax.TensorType(shape, dtype))
+            for tensor, shape, dtype in self.table[name].tensors()
+        ]
+
+
+def name_linears(mod: tvm.IRModule) -> tvm.IRModule:
+    """`matmul(x, permute_dims(w))` with a parameter `w` becomes `shardwright.linear(x, w)`."""
+
+    def rewrite(rw: Rewriter, _var: relax.Var, call: relax.Call) -> relax.Expr | None:
+        if op_name(call) != "relax.matmul":
+            return None
+        transposed = rw.value_of(call.args[1])
+        if transposed is None or op_name(transposed) != "relax.permute_dims":
+            return None
+        weight = transposed.args[0]
+        if weight not in rw.params or transposed.attrs.axes:
+            return None
+        return linear(rw.local(call.args[0]), rw.local(weight), str(call.ty.dtype))
+
+    return _rewrite_module(mod, rewrite)
+
+
+def linear(x: relax.Expr, weight: relax.Expr, dtype: str) -> relax.Call:
+    """`x @ weight.T`, accumulated in float32, rounded to `dtype`."""
+    out = relax.TensorType([shape_of(x)[0], shape_of(weight)[0]], dtype)
+    return relax.call_dps_packed("shardwright.linear", relax.Tuple([x, weight]), out_ty=out)
+
+
+def join_linears(mod: tvm.IRModule, weights: Weights) -> tvm.IRModule:
+    """Linears of one input become one linear with their weights joined, and slices of its result.
+
+    This makes qkv and gate_up products of the separate tensors of the checkpoint.
+    """
+    groups: dict[str, list[str]] = {}
+    for _, func in mod.functions_items():
+        groups |= {g[0]: g for g in _groups(func)}
+    joined = {}
+    table: dict[str, Weight] = {}
+    members = {name for group in groups.values() for name in group}
+    for name, weight in weights.table.items():
+        if name in groups:
+            parts = [weights.table[m] for m in groups[name]]
+            sources = tuple(s for part in parts for s in part.sources)
+            joined[name] = replace(weight, name=_joined_name(groups[name]), sources=sources)
+            table[joined[name].name] = joined[name]
+        elif name not in members:
+            table[name] = weight
+    weights.table = table
+    return tvm.IRModule(
+        {
+            gv: _Joiner(func, groups, joined).run(gv.name_hint)
+            for gv, func in mod.functions_items()
+        }
+    )
+
+
+def _groups(func: relax.Function) -> Iterable[list[str]]:
+    """Names of the weights that multiply the same value, in program order, at least two."""
+    by_input: dict[tuple[relax.Var, str], list[str]] = defaultdict(list)
+    for binding in bindings_of(func):
+        if _is(binding.value, "shardwright.linear"):
+            x, weight = operands_of(binding.value)
+            by_input[x, str(binding.var.ty.dtype)].append(weight.name)
+    return [names for names in by_input.values() if len(names) > 1]
+
+
+def _joined_name(names: list[str]) -> str:
+    """`a.q.weight`, `a.k.weight` -> `a.q+k.weight`."""
+    parts = [name.split(".") for name in names]
+    columns = zip(*parts, strict=True)
+    return ".".join("+".join(dict.fromkeys(column)) for column in columns)
+
+
+def quantize(mod: tvm.IRModule, weights: Weights, groups: dict[str, int]) -> tvm.IRModule:
+    """Weights named in `groups` become packed int4 with a scale per so many input elements.
+
+    `shardwright.linear` and table look-ups of such a weight take the two tensors instead.
+    """
+    weights.table = {
+        name: replace(w, group=reduce(min, (groups[s.name] for s in w.sources)))
+        if all(s.name in groups for s in w.sources)
+        else w
+        for name, w in weights.table.items()
+    }
+
+    def rewrite(rw: Rewriter, _var: relax.Var, call: relax.Call) -> relax.Expr | None:
+        name = op_name(call)
+        if name not in ("shardwright.linear", "shardwright.embed", "relax.take"):
+            return None
+        args = operands_of(call)
+        weight = args[1] if name == "shardwright.linear" else args[0]
+        pair = rw.replaced.get(weight)
+        if pair is None:
+            return None
+        if name == "shardwright.linear":
+            args, abstract = [rw.local(args[0]), *pair], "shardwright.q4_linear"
+        else:
+            args, abstract = [*pair, *map(rw.local, args[1:])], "shardwright.q4_embed"
+        return relax.call_dps_packed(abstract, relax.Tuple(args), out_ty=call.ty)
+
+    def split(param: relax.Var) -> list[relax.Var] | None:
+        weight = weights.table.get(param.name)
+        return weights.variables(param.name) if weight and weight.group else None
+
+    return _rewrite_module(mod, rewrite, split)
+
+
+class Rewriter:
+    """Copies a straight-line function, letting a callback replace calls and parameters."""
+
+    def __init__(
+        self,
+        func: relax.Function,
+        rewrite: Callable[[Rewriter, relax.Var, relax.Call], relax.Expr | None],
+        split: Callable[[relax.Var], list[relax.Var] | None] = lambda _: None,
+        bb: relax.BlockBuilder | None = None,
+    ) -> None:
+        self.func, self.rewrite, self.bb = func, rewrite, bb or relax.BlockBuilder()
+        self.params = set(func.params)
+        self.values = {b.var: b.value for b in bindings_of(func)}
+        self.vars: dict[relax.Var, relax.Expr] = {}
+        self.replaced: dict[relax.Var, list[relax.Var]] = {}
+        self.new_params: list[relax.Var] = []
+        for p in func.params:
+            new = split(p)
+            if new is None:
+                new = [relax.Var(p.name, p.ty)]
+                self.vars[p] = new[0]
+            else:
+                self.replaced[p] = new
+            self.new_params += new
+
+    def local(self, expr: relax.Expr) -> relax.Expr:
+        """The new expression for an old operand."""
+        return self.vars.get(expr, expr) if isinstance(expr, relax.Var) else expr
+
+    def value_of(self, expr: relax.Expr) -> relax.Call | None:
+        """The call bound to a variable of the old function."""
+        value = self.values.get(expr) if isinstance(expr, relax.Var) else None
+        return value if isinstance(value, relax.Call) else None
+
+    def run(self, name: str) -> relax.Function:
+        """The new function; bindings that nothing uses any more are dropped."""
+        before = set(self.bb.get().get_global_vars())
+        attrs = {"num_input": int(self.func.attrs["num_input"])}
+        with self.bb.function("rewritten", self.new_params, attrs=attrs):
+            with self.bb.dataflow():
+                for b in bindings_of(self.func):
+                    self.vars[b.var] = self._emit(b.var, b.value)
+                out = self.bb.emit_output(self.local(self.func.body.body))
+            self.bb.emit_func_output(out)
+        functions = [
+            f
+            for gv, f in self.bb.get().functions_items()
+            if gv not in before and isinstance(f, relax.Function)
+        ]
+        func = relax.analysis.remove_all_unused(functions[0])
+        return func.with_attr("global_symbol", name)
+
+    def _emit(self, var: relax.Var, value: relax.Expr) -> relax.Expr:
+        if isinstance(value, relax.Call):
+            new = self.rewrite(self, var, value)
+            return self.bb.emit(self.copy(value) if new is None else new, var.name)
+        if isinstance(value, relax.TupleGetItem):
+            return self.bb.emit(relax.TupleGetItem(self.local(value.tuple_value), value.index))
+        if isinstance(value, relax.Tuple):
+            return relax.Tuple([self.local(f) for f in value.fields])
+        return self.local(value)
+
+    def copy(self, call: relax.Call) -> relax.Call:
+        """The same call on the new operands."""
+        args = [
+            relax.Tuple([self.local(f) for f in a.fields])
+            if isinstance(a, relax.Tuple)
+            else self.local(a)
+            for a in call.args
+        ]
+        return relax.Call(call.op, args, call.attrs, call.ty_args)
+
+
+class _Joiner(Rewriter):
+    """Emits each joined linear where its first member stood, and slices where the members did."""
+
+    def __init__(
+        self, func: relax.Function, groups: dict[str, list[str]], joined: dict[str, Weight]
+    ) -> None:
+        self.first = {name: group[0] for group in groups.values() for name in group}
+        self.outputs: dict[str, relax.Expr] = {}
+        self.offsets: dict[str, int] = {}
+        self.joined_vars: dict[str, relax.Var] = {}
+
+        def split(param: relax.Var) -> list[relax.Var] | None:
+            name = param.name
+            if name in joined:
+                ((tensor, shape, dtype),) = joined[name].tensors()
+                self.joined_vars[name] = relax.Var(tensor, relax.TensorType(shape, dtype))
+                return [self.joined_vars[name]]
+            return [] if name in self.first else None
+
+        super().__init__(func, type(self)._join, split)
+
+    def _join(self, _var: relax.Var, call: relax.Call) -> relax.Expr | None:
+        if op_name(call) != "shardwright.linear":
+            return None
+        x, weight = operands_of(call)
+        first = self.first.get(weight.name)
+        if first is None:
+            return None
+        if first not in self.outputs:
+            y = linear(self.local(x), self.joined_vars[first], str(call.ty.dtype))
+            self.outputs[first] = self.bb.emit(y)
+            self.offsets[first] = 0
+        begin, size = self.offsets[first], shape_of(weight)[0]
+        self.offsets[first] += size
+        return relax.op.strided_slice(self.outputs[first], [1], [begin], [begin + size])
+
+
+def _rewrite_module(
+    mod: tvm.IRModule,
+    rewrite: Callable[[Rewriter, relax.Var, relax.Call], relax.Expr | None],
+    split: Callable[[relax.Var], list[relax.Var] | None] = lambda _: None,
+) -> tvm.IRModule:
+    return tvm.IRModule(
+        {
+            gv: Rewriter(func, rewrite, split).run(gv.name_hint)
+            for gv, func in mod.functions_items()
+        }
+    )
+
+
+def _is(value: relax.Expr, name: str) -> bool:
+    return isinstance(value, relax.Call) and op_name(value) == name

@@ -1,0 +1,278 @@
+"""Lower: abstract operations of the local view become kernels for one target.
+
+`LOWERINGS` maps each abstract operation to a function that emits its kernels. A kernel is generated
+once for each set of shapes; identical layers share it, the layer's number being an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tvm
+from tvm import relax, te
+
+from shardwright.compiler.kernels import attention, matmul, rotary, sampling
+from shardwright.compiler.linear import Rewriter
+from shardwright.compiler.rules import op_name, operands_of, shape_of
+
+GEMV_MAX_BATCH = 8
+"""Largest batch for which a matrix-vector kernel is used on a GPU; above it, tensor cores."""
+
+
+def lower_abstract(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
+    """Replace every abstract operation and collective of `mod` by calls of kernels for `target`."""
+    bb = relax.BlockBuilder()
+    kernels = _Kernels(bb, "cpu" if target.kind.name == "llvm" else str(target.kind.name))
+    functions = {
+        gv.name_hint: Rewriter(func, kernels.lower, bb=bb).run(gv.name_hint)
+        for gv, func in mod.functions_items()
+    }
+    out = {gv: f for gv, f in bb.get().functions_items() if not isinstance(f, relax.Function)}
+    return tvm.IRModule({**out, **{relax.GlobalVar(name): f for name, f in functions.items()}})
+
+
+class _Kernels:
+    """Generates kernels on demand and emits calls of them."""
+
+    def __init__(self, bb: relax.BlockBuilder, target: str) -> None:
+        self.bb, self.target = bb, target
+        self.generated: dict[tuple[Any, ...], relax.GlobalVar] = {}
+
+    def lower(self, rw: Rewriter, _var: relax.Var, call: relax.Call) -> relax.Expr | None:
+        """The kernels for `call`, or None if it is an operation of Relax itself."""
+        lowering = LOWERINGS.get(op_name(call))
+        if lowering is None:
+            return None
+        return lowering(self, call, [rw.local(x) for x in operands_of(call)])
+
+    def kernel(self, generate: Callable[..., Any], **shapes: Any) -> relax.GlobalVar:
+        """The kernel `generate(**shapes)`, generated once."""
+        key = (generate, *sorted(shapes.items(), key=lambda kv: kv[0]))
+        if key not in self.generated:
+            func = generate(**shapes)
+            self.generated[key] = self.bb.add_func(func, f"{generate.__name__}_kernel")
+        return self.generated[key]
+
+
+def _tokens(x: relax.Expr) -> int | None:
+    """Static number of tokens of `x` [n, ...], None if symbolic."""
+    n = shape_of(x)[0]
+    return n if isinstance(n, int) else None
+
+
+def _value(x: relax.Expr) -> Any:
+    """A number known at compile time."""
+    return x.value
+
+
+def _rotary_table(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    positions, lengths, inv_freq, scale, factor, trained = args
+    ntk = (_value(factor), _value(trained)) if _value(trained) else None
+    kernel = k.kernel(
+        rotary.rotary_table,
+        tokens=_tokens(positions),
+        half=shape_of(inv_freq)[0],
+        scale=_value(scale),
+        ntk=ntk,
+        target=k.target,
+    )
+    return relax.call_tir(kernel, [positions, lengths, inv_freq], call.ty)
+
+
+def _cache_shapes(q: relax.Expr, k_pages: relax.Expr, page_table: relax.Expr) -> dict[str, Any]:
+    layers, pages, kv_heads, page_size, head_dim = shape_of(k_pages)
+    batch, max_pages = shape_of(page_table)
+    return {
+        "tokens": _tokens(q),
+        "heads": shape_of(q)[1],
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "layers": layers,
+        "pages": pages,
+        "page_size": page_size,
+        "batch": batch,
+        "max_pages": max_pages,
+        "dtype": str(q.ty.dtype),
+    }
+
+
+def _rotary_append(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    q, k_pages, page_table = args[0], args[4], args[6]
+    shapes = _cache_shapes(q, k_pages, page_table)
+    kernel = k.kernel(rotary.rotary_append, **shapes, target=k.target)
+    # Results: rotated q is new, the pages are operands 4 and 5.
+    return relax.call_tir_inplace(kernel, args, [-1, 4, 5], list(call.ty.fields))
+
+
+def _attention(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    *tensors, layer, scale = args
+    q, k_pages, page_table = tensors[0], tensors[1], tensors[3]
+    shapes = _cache_shapes(q, k_pages, page_table) | {"scale": _value(scale)}
+    if k.target == "cpu":
+        kernel = k.kernel(attention.attention_cpu, **shapes)
+        return relax.call_tir(kernel, [*tensors, layer], call.ty)
+    if shapes["tokens"] is None:
+        kernel = k.kernel(attention.attention_prefill, **shapes, target=k.target)
+        return relax.call_tir(kernel, [*tensors, layer], call.ty)
+    splits = attention.num_splits(
+        tokens=shapes["tokens"],
+        kv_heads=shapes["kv_heads"],
+        max_len=shapes["max_pages"] * shapes["page_size"],
+    )
+    n, heads, head_dim = shape_of(q)
+    partial = k.kernel(attention.attention_partial, **shapes, splits=splits, target=k.target)
+    types = [
+        relax.TensorType([splits, n, heads, head_dim], "float32"),
+        relax.TensorType([splits, n, heads, 2], "float32"),
+    ]
+    parts = k.bb.emit(relax.call_tir(partial, [*tensors, layer], types))
+    combine = k.kernel(
+        attention.attention_combine,
+        tokens=n,
+        heads=heads,
+        head_dim=head_dim,
+        splits=splits,
+        dtype=shapes["dtype"],
+        target=k.target,
+    )
+    pieces = [k.bb.emit(relax.TupleGetItem(parts, i)) for i in range(2)]
+    return relax.call_tir(combine, pieces, call.ty)
+
+
+def _store_logits(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    batch, vocab = shape_of(args[2])
+    kernel = k.kernel(sampling.store_logits, batch=batch, vocab=vocab, target=k.target)
+    return relax.call_tir_inplace(kernel, args, [2], call.ty)
+
+
+def _sample(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    batch, vocab = shape_of(args[0])
+    kernel = k.kernel(
+        sampling.sample, batch=batch, vocab=vocab, max_len=shape_of(args[4])[1], target=k.target
+    )
+    return relax.call_tir_inplace(kernel, args, [1, 2, 3, 4], list(call.ty.fields))
+
+
+def _linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    x, weight = args
+    shapes = _linear_shapes(call, x, weight)
+    if k.target == "cpu":
+        kernel = k.kernel(matmul.matmul_cpu, **shapes, dtype=str(x.ty.dtype))
+        return relax.call_tir(kernel, [x, weight], call.ty)
+    if shapes["tokens"] is not None and shapes["tokens"] <= GEMV_MAX_BATCH:
+        batch = shapes.pop("tokens")
+        kernel = k.kernel(matmul.gemv, batch=batch, **shapes)
+        return relax.call_tir(kernel, [x, weight], call.ty)
+    return _tensor_core_linear(k, call, x, weight)
+
+
+def _linear_shapes(call: relax.Call, x: relax.Expr, weight: relax.Expr) -> dict[str, Any]:
+    return {
+        "tokens": _tokens(x),
+        "out_features": shape_of(weight)[0],
+        "in_features": shape_of(x)[1],
+        "out_dtype": str(call.ty.dtype),
+    }
+
+
+def _tensor_core_linear(
+    k: _Kernels, call: relax.Call, x: relax.Expr, weight: relax.Expr
+) -> relax.Expr:
+    """Relax operations, which dlight schedules on tensor cores; sums in float32."""
+    transposed = k.bb.emit(relax.op.permute_dims(weight))
+    y = relax.op.matmul(x, transposed, out_dtype="float32")
+    if str(call.ty.dtype) == "float32":
+        return y
+    return relax.op.astype(k.bb.emit(y), call.ty.dtype)
+
+
+def _q4_linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    x, packed, scale = args
+    cols = shape_of(packed)[1] * 8
+    group = cols // shape_of(scale)[1]
+    if cols != shape_of(x)[1]:
+        # The weight's columns were padded with zeros to whole groups.
+        x = k.bb.emit(relax.op.nn.pad(x, [0, 0, 0, cols - shape_of(x)[1]]))
+    shapes = _linear_shapes(call, x, packed) | {"group": group}
+    if k.target == "cpu":
+        kernel = k.kernel(matmul.q4_matmul_cpu, **shapes, dtype=str(x.ty.dtype))
+        return relax.call_tir(kernel, [x, packed, scale], call.ty)
+    batch, out_dtype = shapes.pop("tokens"), shapes.pop("out_dtype")
+    if batch is not None and batch <= GEMV_MAX_BATCH:
+        kernel = k.kernel(matmul.q4_gemv, batch=batch, **shapes, out_dtype=out_dtype)
+        return relax.call_tir(kernel, [x, packed, scale], call.ty)
+    kernel = k.kernel(matmul.q4_dequantize, **shapes, dtype=str(x.ty.dtype))
+    whole = relax.TensorType([shapes["out_features"], cols], x.ty.dtype)
+    weight = k.bb.emit(relax.call_tir(kernel, [packed, scale], whole))
+    return _tensor_core_linear(k, call, x, weight)
+
+
+def _q4_embed(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    packed, scale, ids, *rank = args
+    n, features = shape_of(call)
+    kernel = k.kernel(
+        matmul.q4_take,
+        tokens=n if isinstance(n, int) else None,
+        vocab_rows=shape_of(packed)[0],
+        features=features,
+        group=shape_of(packed)[1] * 8 // shape_of(scale)[1],
+        dtype=str(call.ty.dtype),
+        target=k.target,
+    )
+    # A table that is not sharded starts at row 0, as rank 0's does.
+    first = rank[0] if rank else relax.const([0], "int32")
+    return relax.call_tir(kernel, [packed, scale, ids, first], call.ty)
+
+
+def _embed(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """Rows of a table cut along its rows; zeros for a row that another rank holds."""
+    rows = shape_of(args[0])[0]
+
+    def lookup(table: te.Tensor, ids: te.Tensor, rank: te.Tensor) -> te.Tensor:
+        def element(i: Any, j: Any) -> Any:
+            row = ids[i] - rank[0] * rows
+            inside = tvm.tirx.all(row >= 0, row < rows)
+            # An address is formed in any case, so it must lie inside the table.
+            safe = tvm.tirx.if_then_else(inside, row, 0)
+            return tvm.tirx.if_then_else(inside, table[safe, j], tvm.tirx.const(0, table.dtype))
+
+        return te.compute((ids.shape[0], table.shape[1]), element, name="embed")
+
+    return k.bb.call_te(lookup, *args, primfunc_name_hint="embed")
+
+
+def _take(k: _Kernels, _call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """Slices along dimension 0 by indices that are known to be in range."""
+
+    def pick(data: te.Tensor, ids: te.Tensor) -> te.Tensor:
+        shape = (ids.shape[0], *data.shape[1:])
+        return te.compute(shape, lambda i, *rest: data[(ids[i], *rest)], name="take")
+
+    return k.bb.call_te(pick, *args, primfunc_name_hint="take")
+
+
+def _all_reduce(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    return relax.call_dps_packed("shardwright.all_reduce", relax.Tuple(args), out_ty=call.ty)
+
+
+def _all_gather(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    return relax.call_dps_packed("shardwright.all_gather", relax.Tuple(args), out_ty=call.ty)
+
+
+Lowering = Callable[[_Kernels, relax.Call, list[relax.Expr]], relax.Expr]
+
+LOWERINGS: dict[str, Lowering] = {
+    "shardwright.rotary_table": _rotary_table,
+    "shardwright.rotary_append": _rotary_append,
+    "shardwright.attention": _attention,
+    "shardwright.store_logits": _store_logits,
+    "shardwright.sample": _sample,
+    "shardwright.linear": _linear,
+    "shardwright.q4_linear": _q4_linear,
+    "shardwright.embed": _embed,
+    "shardwright.q4_embed": _q4_embed,
+    "relax.take": _take,
+    "relax.ccl.allreduce": _all_reduce,
+    "relax.ccl.allgather": _all_gather,
+}
