@@ -53,8 +53,8 @@ class Tokenizer:
         # tokenizers raises plain Exception for anything it cannot parse.
         except Exception as error:
             raise ArtifactError(f"{file} is not a tokenizer: {error}; build again") from error
-        config = _read_json(path / "tokenizer_config.json")
-        special = _special_tokens({**_read_json(path / "special_tokens_map.json"), **config})
+        config = read_json(path / "tokenizer_config.json")
+        special = _special_tokens({**read_json(path / "special_tokens_map.json"), **config})
         _add_missing_tokens(backend, path, config, special)
         source = _template_source(path, config)
         template = None if source is None else ChatTemplate(source, special)
@@ -89,8 +89,8 @@ class Tokenizer:
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """The object in `file`; empty if there is no such file."""
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in `file`; empty if there is no such file. Raises ArtifactError if it is none."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -128,7 +128,7 @@ def _add_missing_tokens(
     """Add tokens that stand beside tokenizer.json only, as older fine-tunes wrote them."""
     decoder = config.get("added_tokens_decoder", {})
     wanted = {int(i): token for i, token in decoder.items()}
-    for text, i in _read_json(path / "added_tokens.json").items():
+    for text, i in read_json(path / "added_tokens.json").items():
         wanted.setdefault(int(i), {"content": text})
     spelled = {text for text in special.values() if isinstance(text, str)}
     for i, token in sorted(wanted.items()):

@@ -6,6 +6,7 @@ error and their exit code here.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import warnings
@@ -147,8 +148,8 @@ def chat(
 
     sampling["stop"] = stop or None
     config = ChatConfig(system_prompt=system_prompt, **sampling)
-    with TerminalProgress() as progress, progress.step("Load"):
-        module = ChatModule(model=directory, chat_config=config)
+    with TerminalProgress() as progress, progress.bar("Load") as bar:
+        module = ChatModule(model=directory, chat_config=config, progress=bar)
     with module:
         if prompt is None:
             _converse(module)
@@ -166,6 +167,8 @@ def _answer(module: Any, prompt: str) -> None:
 
 def _converse(module: Any) -> None:
     """Read prompts from standard input until it ends or says /exit."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives `input` a history and line editing)
     interactive = sys.stdin.isatty()
     if interactive:
         click.echo("/reset begins anew, /stats shows the speed, /exit ends.")

@@ -11,7 +11,14 @@ from types import TracebackType
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from shardwright.runtime.artifact import Manifest, TensorSpec, WeightSpec, verify_file
@@ -48,15 +55,30 @@ class TerminalProgress:
     @contextmanager
     def step(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         """Show a step of `total` units (unknown if None); yields `advance(units)`."""
+        with self._task(name, total) as task:
+
+            def advance(units: int = 1) -> None:
+                self._bars.advance(task, units)
+
+            yield advance
+
+    @contextmanager
+    def bar(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Show a step whose size turns up on the way; yields `update(done, total)`."""
+        with self._task(name, None) as task:
+
+            def update(done: int, total: int) -> None:
+                self._bars.update(task, completed=done, total=total)
+
+            yield update
+
+    @contextmanager
+    def _task(self, name: str, total: int | None) -> Iterator[TaskID]:
         task = self._bars.add_task(name, total=total)
-
-        def advance(units: int = 1) -> None:
-            self._bars.advance(task, units)
-
-        yield advance
+        yield task
         # A step that came to its end is whole, however well its size was known before.
-        done = max(self._bars.tasks[task].completed, 1) if total is None else total
-        self._bars.update(task, total=done, completed=done)
+        whole = self._bars.tasks[task].total or 1
+        self._bars.update(task, total=whole, completed=whole)
 
 
 def size(count: int) -> str:
