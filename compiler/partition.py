@@ -202,7 +202,7 @@ def _is_row_lookup(step: Step) -> bool:
     return True
 
 
-def _owners(shard: Shard, ranks: int) -> relax.Constant:
+def _owners(shard: Shard, ranks: int) -> relax.Expr:
     """For each global element, where the stacked slices of all ranks hold it first."""
     stacked = np.concatenate([shard.index(r) for r in range(ranks)])
     owners = np.full(shard.size, -1, dtype=np.int32)

@@ -6,6 +6,7 @@ through the rules and the collectives, and demands that nothing has to move any 
 
 from __future__ import annotations
 
+import tvm
 from tvm import relax
 
 from shardwright.compiler.partition import Partitioned
@@ -101,9 +102,9 @@ class _Verifier:
 
     def _unstack(self, var: relax.Var, call: relax.Call) -> tuple[Placement, ...]:
         shard, picked = self.stacked[call.args[0]], call.args[1]
-        if not isinstance(picked, relax.Constant):
+        if not isinstance(picked, tvm.ir.GenericConst):
             raise self._fault(f"{var.name} does not drop the padding of a gathered value")
         stacked = [i for r in range(self.ranks) for i in shard.index(r)]
-        if [stacked[i] for i in picked.data.numpy()] != list(range(shard.size)):
+        if [stacked[i] for i in picked.value.numpy()] != list(range(shard.size)):
             raise self._fault(f"{var.name} does not restore the order of a gathered value")
         return (Replicate(),)

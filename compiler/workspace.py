@@ -1,8 +1,9 @@
 """One workspace for all functions: memory planned at build time, shown, and at fixed addresses.
 
-TVM's planner gives each function a few storages that its temporaries share. This pass lays them out
-in one block, an argument called `workspace` of every function, and adds a VM function `workspace`
-that allocates it. Nothing is allocated while a function runs, as a captured graph requires.
+TVM's planner gives each function a few storages that its temporaries share. This pass makes the
+storages an argument called `workspace` of every function, a tuple that serves them all, and adds a
+VM function `workspace` that allocates it. Nothing is allocated while a function runs, as a captured
+graph requires. (One block with offsets would do, but kernels of TVM refuse tensors with an offset.)
 """
 
 from __future__ import annotations
@@ -14,89 +15,93 @@ from tvm import relax
 
 from shardwright.errors import BuildError
 
-ALIGNMENT = 256
-"""Bytes; what cudaMalloc guarantees."""
-
 _ALLOC_STORAGE = "relax.memory.alloc_storage"
-_ALLOC_TENSOR = "relax.memory.alloc_tensor"
 
 
 @tvm.transform.module_pass(opt_level=0, name="PlanWorkspace")
 class PlanWorkspace:
-    """After `StaticPlanBlockMemory`. `bytes` then holds the size of the workspace."""
+    """After `StaticPlanBlockMemory`. `sizes` then holds the bytes of each storage."""
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.sizes: list[int] = []
 
-    def transform_module(
-        self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext
-    ) -> tvm.IRModule:
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole workspace."""
+        return sum(self.sizes)
+
+    def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         """Rewrite every Relax function of `mod`; raises BuildError for an unplanned temporary."""
-        for gv, func in mod.functions_items():
-            if isinstance(func, relax.Function):
-                layout = _Layout(gv.name_hint, func)
-                mod.update_func(gv, layout.rewrite())
-                self.bytes = max(self.bytes, layout.bytes)
-        mod["workspace"] = _allocator(max(self.bytes, ALIGNMENT))
+        functions = {gv: f for gv, f in mod.functions_items() if isinstance(f, relax.Function)}
+        # Largest first in each function, so that storages which share a place are of similar size.
+        storages = {
+            gv: sorted(_storages(gv.name_hint, func).items(), key=lambda item: -item[1])
+            for gv, func in functions.items()
+        }
+        count = max(map(len, storages.values()), default=0)
+        self.sizes = [
+            max(s[i][1] for s in storages.values() if i < len(s)) for i in range(count)
+        ]
+        for gv, func in functions.items():
+            places = {var: i for i, (var, _) in enumerate(storages[gv])}
+            mod.update_func(gv, _with_workspace(func, places, count))
+        mod["workspace"] = _allocator(self.sizes)
         return mod
 
 
-class _Layout:
-    """Offsets of one function's storages in the workspace."""
-
-    def __init__(self, name: str, func: relax.Function) -> None:
-        self.name, self.func = name, func
-        self.offsets: dict[relax.Var, int] = {}
-        self.bytes = 0
-        self.workspace = relax.Var("workspace", relax.AnyType())
-
-    def rewrite(self) -> relax.Function:
-        blocks = []
-        for block in self.func.body.blocks:
-            bindings = [new for b in block.bindings if (new := self._binding(b)) is not None]
-            blocks.append(relax.BindingBlock(bindings))
-        attrs = self.func.attrs
-        num_input = int(attrs["num_input"])
-        params = list(self.func.params)
-        params.insert(num_input, self.workspace)
-        func = relax.Function(
-            params,
-            relax.SeqExpr(blocks, self.func.body.body),
-            self.func.ret_ty,
-            self.func.is_pure,
-            attrs,
-        )
-        return func.with_attr("num_input", num_input + 1)
-
-    def _binding(self, binding: relax.Binding) -> relax.Binding | None:
-        value = getattr(binding, "value", None)
-        if not isinstance(value, relax.Call) or not isinstance(value.op, tvm.ir.Op):
-            return binding
-        name = str(value.op.name)
-        if name == "relax.builtin.alloc_tensor":
-            raise BuildError(
-                f"{self.name}: the size of {binding.var.name} is not known at build time; give its "
-                "symbolic dimensions an upper bound"
-            )
-        if name == _ALLOC_STORAGE:
-            size = math.prod(int(d) for d in value.args[0].values)
-            self.offsets[binding.var] = self.bytes
-            self.bytes += -(-size // ALIGNMENT) * ALIGNMENT
-            return None
-        if name == _ALLOC_TENSOR:
-            storage, offset, *rest = value.args
-            start = relax.prim_value(tvm.tirx.IntImm("int64", self.offsets[storage] + int(offset)))
-            call = relax.Call(value.op, [self.workspace, start, *rest], value.attrs, value.ty_args)
-            return relax.VarBinding(binding.var, relax.BlockBuilder().normalize(call))
-        return binding
+def _is_call(binding: relax.Binding, name: str) -> bool:
+    value = getattr(binding, "value", None)
+    return (
+        isinstance(value, relax.Call)
+        and isinstance(value.op, tvm.ir.Op)
+        and str(value.op.name) == name
+    )
 
 
-def _allocator(size: int) -> relax.Function:
-    """`workspace()`, which allocates `size` bytes on the VM's device."""
+def _storages(name: str, func: relax.Function) -> dict[relax.Var, int]:
+    """The storages of a function and their bytes."""
+    found = {}
+    for block in func.body.blocks:
+        for b in block.bindings:
+            if _is_call(b, "relax.builtin.alloc_tensor"):
+                raise BuildError(
+                    f"{name}: the size of {b.var.name} is not known at build time; give its "
+                    "symbolic dimensions an upper bound"
+                )
+            if _is_call(b, _ALLOC_STORAGE):
+                found[b.var] = math.prod(int(d) for d in b.value.args[0].values)
+    return found
+
+
+def _with_workspace(func: relax.Function, places: dict[relax.Var, int], count: int) -> relax.Expr:
+    """`func` with its storages taken from a new argument, after its other inputs."""
+    workspace = relax.Var("workspace", relax.TupleType([relax.AnyType()] * count))
+    blocks = []
+    for block in func.body.blocks:
+        bindings = []
+        for b in block.bindings:
+            if _is_call(b, _ALLOC_STORAGE):
+                item = relax.TupleGetItem(workspace, places[b.var])
+                b = relax.VarBinding(b.var, relax.BlockBuilder().normalize(item))
+            bindings.append(b)
+        blocks.append(relax.BindingBlock(bindings))
+    num_input = int(func.attrs["num_input"])
+    params = [*func.params[:num_input], workspace, *func.params[num_input:]]
+    body = relax.SeqExpr(blocks, func.body.body)
+    new = relax.Function(params, body, func.ret_ty, func.is_pure, func.attrs)
+    return new.with_attr("num_input", num_input + 1)
+
+
+def _allocator(sizes: list[int]) -> relax.Function:
+    """`workspace()`, which allocates storages of `sizes` bytes on the VM's device."""
     bb = relax.BlockBuilder()
     with bb.function("workspace", []):
-        size_expr = relax.ShapeExpr([size])
-        storage = bb.emit(relax.op.memory.alloc_storage(size_expr, 0, "global", "uint8"))
-        bb.emit_func_output(storage)
+        storages = [
+            bb.emit(
+                relax.op.memory.alloc_storage(relax.ShapeExpr([size]), 0, "global", "uint8")
+            )
+            for size in sizes
+        ]
+        bb.emit_func_output(relax.Tuple(storages))
     (func,) = bb.finalize().functions.values()
     return func
