@@ -54,7 +54,7 @@ class DeltaCallback:
 
 
 class StreamToStdout(DeltaCallback):
-    """Print the text as it comes, and a line break at the end.
+    """Print the text as it comes, and a line break after it.
 
     `file` is standard output as it is at the time of the call if None.
     """
@@ -62,14 +62,18 @@ class StreamToStdout(DeltaCallback):
     def __init__(self, callback_interval: int = 2, file: TextIO | None = None) -> None:
         super().__init__(callback_interval)
         self._file = file
+        self._open_line = False
 
     def delta_callback(self, delta: str) -> None:
         """Print `delta`."""
+        self._open_line = True
         print(delta, end="", file=self._file or sys.stdout, flush=True)
 
     def stopped_callback(self) -> None:
-        """End the line."""
-        print(file=self._file or sys.stdout, flush=True)
+        """End the line, if there is one."""
+        if self._open_line:
+            print(file=self._file or sys.stdout, flush=True)
+        self._open_line = False
 
 
 class StreamIterator(DeltaCallback):

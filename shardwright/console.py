@@ -157,15 +157,19 @@ def _summary(manifest: Manifest) -> Table:
         "cache": f"{limits.num_pages} pages of {limits.page_size} tokens",
         "decode": f"buckets {', '.join(map(str, manifest.decode_buckets))}"
         + ("; one CUDA graph per step" if manifest.use_cuda_graph else ""),
-        "weights": "in shards"
-        if manifest.has_weights
-        else ("random (--dummy-weights)" if manifest.dummy_weights else "none"),
+        "weights": _weights(manifest),
         "built by": f"Shardwright {manifest.version}, manifest schema {manifest.schema}",
     }
     table = Table(title=manifest.name, title_justify="left", show_header=False, box=None)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _weights(manifest: Manifest) -> str:
+    if manifest.dummy_weights:
+        return "random on each rank (--dummy-weights)"
+    return "in shards" if manifest.has_weights else "none (--build-model-only)"
 
 
 def _table(title: str, *columns: str) -> Table:

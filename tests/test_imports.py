@@ -32,7 +32,7 @@ RULES = {
         (
             *("tvm", "tvm_ffi", "numpy", "ml_dtypes", "safetensors", "huggingface_hub", "cuda"),
             *("shardwright.errors", "shardwright.model_defs", "shardwright.compiler"),
-            "shardwright.runtime.artifact",
+            *("shardwright.runtime.artifact", "shardwright.__version__"),
         )
     ),
     "runtime": Rule(
@@ -44,8 +44,12 @@ RULES = {
         ("tvm.relax", "tvm.tirx", "tvm.s_tir", "tvm.target", "tvm.te", "tvm.ir", "tvm.driver"),
     ),
 }
-# The layers' own operations are Relax calls, which `frontend.nn` has no wrapper for.
-EXCEPTIONS = {"model_defs/layers.py": ("tvm.relax", "tvm.tirx")}
+EXCEPTIONS = {
+    # The layers' own operations are Relax calls, which `frontend.nn` has no wrapper for.
+    "model_defs/layers.py": ("tvm.relax", "tvm.tirx"),
+    # Finding CUDA libraries and compiling a C++ file are the same task on both sides.
+    "compiler/cuda.py": ("shardwright.runtime.native", "shardwright.runtime.tvm_runtime"),
+}
 
 PARALLELISM = {
     *("num_shards", "shard", "shards", "sharded", "sharding", "world", "world_size", "rank"),
