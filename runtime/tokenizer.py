@@ -128,9 +128,9 @@ def _add_missing_tokens(
     """Add tokens that stand beside tokenizer.json only, as older fine-tunes wrote them."""
     decoder = config.get("added_tokens_decoder", {})
     wanted = {int(i): token for i, token in decoder.items()}
-    for text, i in read_json(path / "added_tokens.json").items():
-        wanted.setdefault(int(i), {"content": text})
-    spelled = {text for text in special.values() if isinstance(text, str)}
+    for content, i in read_json(path / "added_tokens.json").items():
+        wanted.setdefault(int(i), {"content": content})
+    spelled = {value for value in special.values() if isinstance(value, str)}
     for i, token in sorted(wanted.items()):
         text = _text(token)
         if text is None or backend.token_to_id(text) is not None:
