@@ -55,10 +55,13 @@ class _Kernels:
         return self.generated[key]
 
 
-def _tokens(x: relax.Expr) -> int | None:
-    """Static number of tokens of `x` [n, ...], None if symbolic."""
+def _tokens(k: _Kernels, x: relax.Expr) -> int | None:
+    """Number of tokens of `x` [n, ...] to generate a kernel for, None if symbolic.
+
+    On a CPU one kernel for any number serves as well, and compiles once.
+    """
     n = shape_of(x)[0]
-    return n if isinstance(n, int) else None
+    return n if isinstance(n, int) and k.target != "cpu" else None
 
 
 def _value(x: relax.Expr) -> Any:
@@ -71,7 +74,7 @@ def _rotary_table(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> rela
     ntk = (_value(factor), _value(trained)) if _value(trained) else None
     kernel = k.kernel(
         rotary.rotary_table,
-        tokens=_tokens(positions),
+        tokens=_tokens(k, positions),
         half=shape_of(inv_freq)[0],
         scale=_value(scale),
         ntk=ntk,
@@ -80,26 +83,27 @@ def _rotary_table(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> rela
     return relax.call_tir(kernel, [positions, lengths, inv_freq], call.ty)
 
 
-def _cache_shapes(q: relax.Expr, k_pages: relax.Expr, page_table: relax.Expr) -> dict[str, Any]:
+def _cache_shapes(
+    k: _Kernels, q: relax.Expr, k_pages: relax.Expr, page_table: relax.Expr
+) -> dict[str, Any]:
     layers, pages, kv_heads, page_size, head_dim = shape_of(k_pages)
-    batch, max_pages = shape_of(page_table)
     return {
-        "tokens": _tokens(q),
+        "tokens": _tokens(k, q),
         "heads": shape_of(q)[1],
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "layers": layers,
         "pages": pages,
         "page_size": page_size,
-        "batch": batch,
-        "max_pages": max_pages,
+        "batch": None,
+        "max_pages": shape_of(page_table)[1],
         "dtype": str(q.ty.dtype),
     }
 
 
 def _rotary_append(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     q, k_pages, page_table = args[0], args[4], args[6]
-    shapes = _cache_shapes(q, k_pages, page_table)
+    shapes = _cache_shapes(k, q, k_pages, page_table)
     kernel = k.kernel(rotary.rotary_append, **shapes, target=k.target)
     # Results: rotated q is new, the pages are operands 4 and 5.
     return relax.call_tir_inplace(kernel, args, [-1, 4, 5], list(call.ty.fields))
@@ -108,7 +112,7 @@ def _rotary_append(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> rel
 def _attention(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     *tensors, layer, scale = args
     q, k_pages, page_table = tensors[0], tensors[1], tensors[3]
-    shapes = _cache_shapes(q, k_pages, page_table) | {"scale": _value(scale)}
+    shapes = _cache_shapes(k, q, k_pages, page_table) | {"scale": _value(scale)}
     if k.target == "cpu":
         kernel = k.kernel(attention.attention_cpu, **shapes)
         return relax.call_tir(kernel, [*tensors, layer], call.ty)
@@ -141,22 +145,20 @@ def _attention(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.E
 
 
 def _store_logits(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
-    batch, vocab = shape_of(args[2])
-    kernel = k.kernel(sampling.store_logits, batch=batch, vocab=vocab, target=k.target)
+    vocab = shape_of(args[2])[1]
+    kernel = k.kernel(sampling.store_logits, batch=None, vocab=vocab, target=k.target)
     return relax.call_tir_inplace(kernel, args, [2], call.ty)
 
 
 def _sample(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
-    batch, vocab = shape_of(args[0])
-    kernel = k.kernel(
-        sampling.sample, batch=batch, vocab=vocab, max_len=shape_of(args[4])[1], target=k.target
-    )
+    vocab, max_len = shape_of(args[0])[1], shape_of(args[4])[1]
+    kernel = k.kernel(sampling.sample, batch=None, vocab=vocab, max_len=max_len, target=k.target)
     return relax.call_tir_inplace(kernel, args, [1, 2, 3, 4], list(call.ty.fields))
 
 
 def _linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     x, weight = args
-    shapes = _linear_shapes(call, x, weight)
+    shapes = _linear_shapes(k, call, x, weight)
     if k.target == "cpu":
         kernel = k.kernel(matmul.matmul_cpu, **shapes, dtype=str(x.ty.dtype))
         return relax.call_tir(kernel, [x, weight], call.ty)
@@ -167,9 +169,11 @@ def _linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr
     return _tensor_core_linear(k, call, x, weight)
 
 
-def _linear_shapes(call: relax.Call, x: relax.Expr, weight: relax.Expr) -> dict[str, Any]:
+def _linear_shapes(
+    k: _Kernels, call: relax.Call, x: relax.Expr, weight: relax.Expr
+) -> dict[str, Any]:
     return {
-        "tokens": _tokens(x),
+        "tokens": _tokens(k, x),
         "out_features": shape_of(weight)[0],
         "in_features": shape_of(x)[1],
         "out_dtype": str(call.ty.dtype),
@@ -194,7 +198,7 @@ def _q4_linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.E
     if cols != shape_of(x)[1]:
         # The weight's columns were padded with zeros to whole groups.
         x = k.bb.emit(relax.op.nn.pad(x, [0, 0, 0, cols - shape_of(x)[1]]))
-    shapes = _linear_shapes(call, x, packed) | {"group": group}
+    shapes = _linear_shapes(k, call, x, packed) | {"group": group}
     if k.target == "cpu":
         kernel = k.kernel(matmul.q4_matmul_cpu, **shapes, dtype=str(x.ty.dtype))
         return relax.call_tir(kernel, [x, packed, scale], call.ty)
@@ -210,12 +214,11 @@ def _q4_linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.E
 
 def _q4_embed(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     packed, scale, ids, *rank = args
-    n, features = shape_of(call)
     kernel = k.kernel(
         matmul.q4_take,
-        tokens=n if isinstance(n, int) else None,
+        tokens=_tokens(k, ids),
         vocab_rows=shape_of(packed)[0],
-        features=features,
+        features=shape_of(call)[1],
         group=shape_of(packed)[1] * 8 // shape_of(scale)[1],
         dtype=str(call.ty.dtype),
         target=k.target,

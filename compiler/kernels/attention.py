@@ -19,7 +19,7 @@ def attention_cpu(
     layers: int,
     pages: int,
     page_size: int,
-    batch: int,
+    batch: int | None,
     max_pages: int,
     dtype: str,
     scale: float,
@@ -51,7 +51,7 @@ def attention_cpu(
         q = T.match_buffer(q_h, (n, heads, head_dim), dtype)
         k_pages = T.match_buffer(k_pages_h, cache, dtype)
         v_pages = T.match_buffer(v_pages_h, cache, dtype)
-        page_table = T.match_buffer(page_table_h, (batch, max_pages), "int32")
+        page_table = T.match_buffer(page_table_h, (extent(batch, "b"), max_pages), "int32")
         rows = T.match_buffer(rows_h, (n,), "int32")
         positions = T.match_buffer(positions_h, (n,), "int32")
         out = T.match_buffer(out_h, (n, heads, head_dim), dtype)

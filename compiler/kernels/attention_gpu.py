@@ -55,7 +55,7 @@ class Tiling:
 
 
 def tiling(*, group: int, head_dim: int, dtype: str, warp: int) -> Tiling:
-    """The tiling for `group` query heads to a kv head. Raises UsageError for odd head dimensions."""
+    """The tiling for `group` query heads to a kv head; UsageError for odd head dimensions."""
     load = lanes_for(head_dim, 8 if dtype == "float16" else 4)
     width = load
     while head_dim > width * warp:

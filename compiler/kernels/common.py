@@ -5,7 +5,8 @@
 Every generator returns a scheduled `tirx.PrimFunc` in destination-passing style. The order of its
 parameters is: tensors that are read (and those written in place), integer scalars, fresh outputs,
 which is the order `relax.call_tir` and `relax.call_tir_inplace` call it in. A generator's `tokens`
-is the static number of tokens, or None for a symbolic one taken from the shape of the arguments.
+is the static number of tokens, `batch` of rows, or None for a symbolic one taken from the shape of
+the arguments.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ SCHEDULED: dict[str, Any] = {
 }
 
 
-def extent(tokens: int | None) -> Any:
-    """The number of tokens as a buffer extent: an int, or a fresh symbolic int64."""
-    return tirx.Var("n", "int64") if tokens is None else tokens
+def extent(count: int | None, name: str = "n") -> Any:
+    """A number of tokens or rows as a buffer extent: an int, or a fresh symbolic int64."""
+    return tirx.Var(name, "int64") if count is None else count
 
 
 def lanes_for(length: int, widest: int = 16) -> int:

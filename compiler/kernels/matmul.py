@@ -200,3 +200,55 @@ def q4_take(
                                 out[t, (tid + i * threads) * 8 + l] = T.cast(0, dtype)
 
     return q4_take
+
+
+def q4_dequantize(
+    *, out_features: int, in_features: int, group: int, dtype: str, target: Any
+) -> tirx.PrimFunc:
+    """`(packed [N,K/8] u32, scale [N,K/group]) -> w [N,K]`, before a matrix product of many tokens."""
+    gpu = is_gpu(target)
+    words = in_features // 8
+    threads = 256 if gpu else 1
+    per_block = threads * 4 if gpu else words
+    blocks = -(-out_features * words // per_block)
+
+    @T.prim_func(s_tir=True)
+    def q4_dequantize(packed_h: T.handle, scale_h: T.handle, out_h: T.handle):
+        T.func_attr(SCHEDULED)
+        packed = T.match_buffer(packed_h, (out_features, words), "uint32")
+        scale = T.match_buffer(scale_h, (out_features, in_features // group), dtype)
+        out = T.match_buffer(out_h, (out_features, in_features), dtype)
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for block in for_blocks(blocks, gpu):
+                for tid in for_threads(threads, gpu):
+                    unpacked = T.alloc_buffer((8,), dtype, scope="local")
+                    for i in T.serial(per_block // threads):
+                        # Element offsets of a large vocabulary pass 2 ** 31.
+                        at: T.let[T.int64] = (
+                            T.cast(block, "int64") * per_block + i * threads + tid
+                        )
+                        if at < out_features * words:
+                            row: T.let[T.int64] = at // words
+                            column: T.let[T.int64] = at % words
+                            word: T.uint32 = packed[row, column]
+                            factor: T.let[T.float32] = T.cast(
+                                scale[row, column * 8 // group], "float32"
+                            )
+                            for l in T.unroll(8):
+                                nibble = T.meta_var(
+                                    T.bitwise_and(
+                                        T.shift_right(word, T.cast(l * 4, "uint32")), T.uint32(15)
+                                    )
+                                )
+                                unpacked[l] = T.cast(
+                                    T.cast(T.cast(nibble, "int32") - 7, "float32") * factor, dtype
+                                )
+                            for l in T.vectorized(8 if dtype == "float16" else 4):
+                                out[row, column * 8 + l] = unpacked[l]
+                            if dtype == "float32":
+                                for l in T.vectorized(4):
+                                    out[row, column * 8 + 4 + l] = unpacked[4 + l]
+
+    return q4_dequantize

@@ -109,7 +109,7 @@ def rotary_append(
     layers: int,
     pages: int,
     page_size: int,
-    batch: int,
+    batch: int | None,
     max_pages: int,
     dtype: str,
     target: Any,
@@ -149,7 +149,7 @@ def rotary_append(
             table = T.match_buffer(table_h, (n, 2, half), "float32")
             k_pages = T.match_buffer(k_pages_h, cache, dtype)
             v_pages = T.match_buffer(v_pages_h, cache, dtype)
-            page_table = T.match_buffer(page_table_h, (batch, max_pages), "int32")
+            page_table = T.match_buffer(page_table_h, (extent(batch, "b"), max_pages), "int32")
             rows = T.match_buffer(rows_h, (n,), "int32")
             positions = T.match_buffer(positions_h, (n,), "int32")
             q_rot = T.match_buffer(q_rot_h, (n, heads, head_dim), dtype)
@@ -215,7 +215,7 @@ def rotary_append(
         table = T.match_buffer(table_h, (n, 2, half), "float32")
         k_pages = T.match_buffer(k_pages_h, cache, dtype)
         v_pages = T.match_buffer(v_pages_h, cache, dtype)
-        page_table = T.match_buffer(page_table_h, (batch, max_pages), "int32")
+        page_table = T.match_buffer(page_table_h, (extent(batch, "b"), max_pages), "int32")
         rows = T.match_buffer(rows_h, (n,), "int32")
         positions = T.match_buffer(positions_h, (n,), "int32")
         q_rot = T.match_buffer(q_rot_h, (n, heads, head_dim), dtype)

@@ -15,13 +15,13 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, for_blocks, for_threads, is_gpu, shuffle_xor, warp_size_of
+from .common import SCHEDULED, extent, for_blocks, for_threads, is_gpu, shuffle_xor, warp_size_of
 
 LOWEST = -3.0e38  # logits are clamped to finite numbers at this; NaN and below become -infinity
 MASK32 = 0xFFFFFFFF
 
 
-def sample(*, batch: int, vocab: int, max_len: int, target: Any) -> tirx.PrimFunc:
+def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.PrimFunc:
     """Choose each active row's next token and advance the row.
 
     `(logits [b,V] f32, scores [b,V] f32, tokens [b] i32, positions [b] i32, history [b,M] i32,
@@ -34,6 +34,7 @@ def sample(*, batch: int, vocab: int, max_len: int, target: Any) -> tirx.PrimFun
     NaN counts as minus infinity.
     """
     gpu = is_gpu(target)
+    b = extent(batch, "b")
     warp = warp_size_of(target)
     threads = 1024 if gpu else 1
     warps = threads // warp
@@ -230,18 +231,18 @@ def sample(*, batch: int, vocab: int, max_len: int, target: Any) -> tirx.PrimFun
         eos_h: T.handle,
     ):
         T.func_attr(SCHEDULED)
-        logits = T.match_buffer(logits_h, (batch, vocab), "float32")
-        scores = T.match_buffer(scores_h, (batch, vocab), "float32")
-        tokens = T.match_buffer(tokens_h, (batch,), "int32")
-        positions = T.match_buffer(positions_h, (batch,), "int32")
-        history = T.match_buffer(history_h, (batch, max_len), "int32")
-        sampling_f = T.match_buffer(sampling_f_h, (batch, 4), "float32")
-        sampling_i = T.match_buffer(sampling_i_h, (batch, 8), "int32")
-        eos = T.match_buffer(eos_h, (batch, 16), "int32")
+        logits = T.match_buffer(logits_h, (b, vocab), "float32")
+        scores = T.match_buffer(scores_h, (b, vocab), "float32")
+        tokens = T.match_buffer(tokens_h, (b,), "int32")
+        positions = T.match_buffer(positions_h, (b,), "int32")
+        history = T.match_buffer(history_h, (b, max_len), "int32")
+        sampling_f = T.match_buffer(sampling_f_h, (b, 4), "float32")
+        sampling_i = T.match_buffer(sampling_i_h, (b, 8), "int32")
+        eos = T.match_buffer(eos_h, (b, 16), "int32")
         with T.sblock("root"):
             T.reads()
             T.writes()
-            for r in for_blocks(batch, gpu):
+            for r in for_blocks(b, gpu):
                 for tid in for_threads(threads, gpu):
                     scratch = T.alloc_buffer((warps,), "float32", scope=shared)
                     scratch_int = T.alloc_buffer((warps,), "int32", scope=shared)
@@ -295,13 +296,14 @@ def sample(*, batch: int, vocab: int, max_len: int, target: Any) -> tirx.PrimFun
     return sample_rows
 
 
-def store_logits(*, batch: int, vocab: int, target: Any) -> tirx.PrimFunc:
+def store_logits(*, batch: int | None, vocab: int, target: Any) -> tirx.PrimFunc:
     """Keep the new logits of the rows that have some.
 
     `(new [b,V] f32, last [b] i32, logits [b,V] f32)`; `logits[r] = new[r]` in place for the rows
     with `last[r] >= 0`.
     """
     gpu = is_gpu(target)
+    b = extent(batch, "b")
     threads = 256 if gpu else 1
     per_block = 1024 if gpu else vocab
     blocks = -(-vocab // per_block)
@@ -309,17 +311,17 @@ def store_logits(*, batch: int, vocab: int, target: Any) -> tirx.PrimFunc:
     @T.prim_func(s_tir=True)
     def store_logits(new_h: T.handle, last_h: T.handle, logits_h: T.handle):
         T.func_attr(SCHEDULED)
-        new = T.match_buffer(new_h, (batch, vocab), "float32")
-        last = T.match_buffer(last_h, (batch,), "int32")
-        logits = T.match_buffer(logits_h, (batch, vocab), "float32")
+        new = T.match_buffer(new_h, (b, vocab), "float32")
+        last = T.match_buffer(last_h, (b,), "int32")
+        logits = T.match_buffer(logits_h, (b, vocab), "float32")
         with T.sblock("root"):
             T.reads()
             T.writes()
-            for rb in for_blocks(batch * blocks, gpu):
+            for rb in for_blocks(b * blocks, gpu):
                 for tid in for_threads(threads, gpu):
                     if last[rb // blocks] >= 0:
                         for i in T.serial(per_block // threads):
-                            at: T.let[T.int32] = rb % blocks * per_block + i * threads + tid
+                            at: T.let[T.int32] = T.cast(rb % blocks, "int32") * per_block + i * threads + tid
                             if at < vocab:
                                 logits[rb // blocks, at] = new[rb // blocks, at]
 

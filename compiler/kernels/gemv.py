@@ -1,0 +1,343 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-redef"
+# (TVMScript is parsed, never run, so it has no Python types.)
+"""Products of a few tokens with a large weight on CUDA GPUs, bound by reading the weight.
+
+A warp takes `rows` rows of the weight at once and shares its reading of x among them; each lane
+reads a unit of 16 bytes (8 fp16 or 32 four-bit elements). `split` warps of a block share the same
+rows and cut the inner dimension, so that small weights fill the GPU as well. x lies in shared
+memory, in an order in which a warp's reads meet no bank twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from shardwright.errors import UsageError
+
+from .common import SCHEDULED, shuffle_xor
+
+WARP = 32
+WARPS = 8  # of a block
+FULL_GPU = 132 * 12  # warps that keep the memory of a large GPU busy
+SHARED_BYTES = 96 * 1024  # of x at a time; two blocks fit into a multiprocessor
+
+# 0x6400 is 1024 in half precision, whose last bits count ones: or-ing four bits into it makes
+# 1024 + nibble without a conversion. In the upper position they count sixteens.
+_UNPACK = """
+__device__ __forceinline__ void shardwright_q4_unpack(uint w, half s, half* out) {
+  half2* o = reinterpret_cast<half2*>(out);
+  const half2 scale = __half2half2(s);
+  const half2 low = __half2half2(__ushort_as_half(0x6407));     // 1031
+  const half2 sixteenth = __half2half2(__ushort_as_half(0x2c00));  // 1 / 16
+  const half2 high = __half2half2(__ushort_as_half(0xd470));    // -71 = -(1024 / 16 + 7)
+  uint a, b, c, d, v = w >> 8;
+  asm("lop3.b32 %0, %1, 0x000f000f, 0x64006400, 0xea;" : "=r"(a) : "r"(w));
+  asm("lop3.b32 %0, %1, 0x00f000f0, 0x64006400, 0xea;" : "=r"(b) : "r"(w));
+  asm("lop3.b32 %0, %1, 0x000f000f, 0x64006400, 0xea;" : "=r"(c) : "r"(v));
+  asm("lop3.b32 %0, %1, 0x00f000f0, 0x64006400, 0xea;" : "=r"(d) : "r"(v));
+  o[0] = __hmul2(__hsub2(*reinterpret_cast<half2*>(&a), low), scale);
+  o[1] = __hmul2(__hfma2(*reinterpret_cast<half2*>(&b), sixteenth, high), scale);
+  o[2] = __hmul2(__hsub2(*reinterpret_cast<half2*>(&c), low), scale);
+  o[3] = __hmul2(__hfma2(*reinterpret_cast<half2*>(&d), sixteenth, high), scale);
+}
+"""
+_FMA2 = """
+__device__ __forceinline__ void shardwright_fma2(const half* a, const half* b, half* acc) {
+  half2* c = reinterpret_cast<half2*>(acc);
+  *c = __hfma2(*reinterpret_cast<const half2*>(a), *reinterpret_cast<const half2*>(b), *c);
+}
+"""
+
+
+def _unpack(word, scale, out):
+    """Eight elements of a word as fp16, in the order 0 4 1 5 2 6 3 7."""
+    return T.cuda.func_call("shardwright_q4_unpack", word, scale, out, source_code=_UNPACK)
+
+
+def _fma2(a, b, acc):
+    """acc += a * b for two fp16 each."""
+    return T.cuda.func_call("shardwright_fma2", a, b, acc, source_code=_FMA2)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`rows` of a warp, warps that `split` the inner dimension, units in flight per row."""
+
+    rows: int
+    split: int
+    unroll: int
+
+
+def plan(*, batch: int, out_features: int, units: int) -> Plan:
+    """The plan for a weight of `out_features` rows of `units` units of 16 bytes, for `batch` tokens."""
+    rows = 4 if batch <= 4 else 2
+    while rows > 1 and out_features // rows * (units // WARP or 1) < FULL_GPU:
+        rows //= 2
+    split = 1
+    while split < WARPS and out_features // rows * split < FULL_GPU:
+        split *= 2
+    while split > 1 and split * WARP > units:
+        split //= 2
+    unroll = 2 if units >= 2 * split * WARP else 1
+    return Plan(rows, split, unroll)
+
+
+def _gemv(
+    *,
+    batch: int,
+    out_features: int,
+    in_features: int,
+    group: int,
+    out_dtype: str,
+    tuned: Plan | None,
+) -> tirx.PrimFunc:
+    q4 = group > 0
+    unit = 32 if q4 else 8  # elements in 16 bytes
+    if in_features % unit:
+        raise UsageError(
+            f"a GPU product over {in_features} elements is not supported; pad them to a multiple "
+            f"of {unit}"
+        )
+    if q4 and group % 32:
+        raise UsageError(f"four-bit groups of {group} have no GPU kernel; use a multiple of 32")
+    units = in_features // unit
+    p = tuned or plan(batch=batch, out_features=out_features, units=units)
+    rows, split, unroll = p.rows, p.split, p.unroll
+    team = split * WARP  # threads that share rows
+    teams = WARPS // split
+    step = split * WARP * unroll
+    # x of so many units at a time, a multiple of the step.
+    limit = SHARED_BYTES // (batch * unit * 2) // step * step
+    chunk = min(-(-units // step) * step, max(limit, step))
+    chunks = -(-units // chunk)
+    pieces = unit // 8
+    threads = WARPS * WARP
+    blocks = -(-out_features // (teams * rows))
+    small = batch * chunk * unit * 2 <= 40 * 1024
+    scope = "shared" if small else "shared.dyn"
+
+    def wide(row: Any) -> Any:
+        # The largest vocabularies have more elements than an int32 counts.
+        return T.cast(row, "int64") if out_features * in_features >= 2**31 else row
+
+    @T.inline
+    def stage(x, staged, eight, first, tid):
+        """Copy a chunk of x to shared memory as [batch, piece, unit, 8], zeros past its end."""
+        for b in T.serial(batch):
+            for i in T.serial((chunk * pieces + threads - 1 - tid) // threads):
+                at: T.let[T.int32] = tid + i * threads
+                if first * pieces + at < units * pieces:
+                    for e in T.vectorized(8):
+                        eight[e] = x[b, (first * pieces + at) * 8 + e]
+                else:
+                    for e in T.unroll(8):
+                        eight[e] = T.float16(0)
+                if q4:
+                    for e in T.unroll(4):
+                        eight[8 + 2 * e] = eight[e]
+                        eight[9 + 2 * e] = eight[e + 4]
+                else:
+                    for e in T.unroll(8):
+                        eight[8 + e] = eight[e]
+                for e in T.vectorized(8):
+                    staged[b, at % pieces, at // pieces, e] = eight[8 + e]
+
+    @T.inline
+    def finish(acc, partial, out, row0, tid):
+        """Sum over lanes and over the warps that split the inner dimension, and write."""
+        for i in T.unroll(rows * batch):
+            for s in T.unroll(5):
+                acc[i] = acc[i] + shuffle_xor(acc[i], T.shift_right(16, s), WARP)
+        if split == 1:
+            for r in T.unroll(rows):
+                for b in T.unroll(batch):
+                    if tid % WARP == (r * batch + b) % WARP and row0 + r < out_features:
+                        out[b, row0 + r] = T.cast(acc[r * batch + b], out_dtype)
+        else:
+            if tid % WARP == 0:
+                for i in T.unroll(rows * batch):
+                    partial[tid // WARP, i] = acc[i]
+            T.tvm_storage_sync("shared")
+            # A team has at least 64 threads, and at most 32 sums.
+            j: T.let[T.int32] = tid % team
+            if j < rows * batch:
+                total: T.float32 = T.float32(0)
+                for s in T.unroll(split):
+                    total = total + partial[tid // team * split + s, j]
+                if row0 + j // batch < out_features:
+                    out[j % batch, row0 + j // batch] = T.cast(total, out_dtype)
+
+    if not q4:
+
+        @T.prim_func(s_tir=True)
+        def gemv(x_h: T.handle, w_h: T.handle, out_h: T.handle):
+            T.func_attr(SCHEDULED)
+            x = T.match_buffer(x_h, (batch, in_features), "float16")
+            w = T.match_buffer(w_h, (out_features, in_features), "float16")
+            out = T.match_buffer(out_h, (batch, out_features), out_dtype)
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                for block in T.thread_binding(blocks, thread="blockIdx.x"):
+                    for tid in T.thread_binding(threads, thread="threadIdx.x"):
+                        staged = T.alloc_buffer((batch, pieces, chunk, 8), "float16", scope=scope)
+                        partial = T.alloc_buffer((WARPS, rows * batch), "float32", scope="shared")
+                        eight = T.alloc_buffer((16,), "float16", scope="local")
+                        weight = T.alloc_buffer((unroll * rows * 8,), "float16", scope="local")
+                        xs = T.alloc_buffer((8,), "float16", scope="local")
+                        acc = T.alloc_buffer((rows * batch,), "float32", scope="local")
+                        row0: T.let[T.int32] = (block * teams + tid // team) * rows
+                        for i in T.unroll(rows * batch):
+                            acc[i] = T.float32(0)
+                        for c in T.serial(chunks):
+                            if c > 0:
+                                T.tvm_storage_sync("shared")
+                            stage(x, staged, eight, c * chunk, tid)
+                            T.tvm_storage_sync("shared")
+                            for it in T.serial(chunk // step):
+                                base = T.meta_var(
+                                    it * step + tid // WARP % split * (WARP * unroll) + tid % WARP
+                                )
+                                for j in T.unroll(unroll):
+                                    for r in T.unroll(rows):
+                                        # Past the end x is zero, whatever weight is read.
+                                        u: T.let[T.int32] = T.min(
+                                            c * chunk + base + j * WARP, units - 1
+                                        )
+                                        row = T.meta_var(wide(T.min(row0 + r, out_features - 1)))
+                                        for e in T.vectorized(8):
+                                            weight[(j * rows + r) * 8 + e] = w[row, u * 8 + e]
+                                for j in T.unroll(unroll):
+                                    for b in T.unroll(batch):
+                                        for e in T.vectorized(8):
+                                            xs[e] = staged[b, 0, base + j * WARP, e]
+                                        for r in T.unroll(rows):
+                                            for e in T.unroll(8):
+                                                acc[r * batch + b] = acc[r * batch + b] + T.cast(
+                                                    weight[(j * rows + r) * 8 + e], "float32"
+                                                ) * T.cast(xs[e], "float32")
+                        finish(acc, partial, out, row0, tid)
+
+        return gemv
+
+    @T.prim_func(s_tir=True)
+    def q4_gemv(x_h: T.handle, packed_h: T.handle, scale_h: T.handle, out_h: T.handle):
+        T.func_attr(SCHEDULED)
+        x = T.match_buffer(x_h, (batch, in_features), "float16")
+        packed = T.match_buffer(packed_h, (out_features, in_features // 8), "uint32")
+        scale = T.match_buffer(scale_h, (out_features, in_features // group), "float16")
+        out = T.match_buffer(out_h, (batch, out_features), out_dtype)
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for block in T.thread_binding(blocks, thread="blockIdx.x"):
+                for tid in T.thread_binding(threads, thread="threadIdx.x"):
+                    staged = T.alloc_buffer((batch, pieces, chunk, 8), "float16", scope=scope)
+                    partial = T.alloc_buffer((WARPS, rows * batch), "float32", scope="shared")
+                    eight = T.alloc_buffer((16,), "float16", scope="local")
+                    words = T.alloc_buffer((unroll * rows * 4,), "uint32", scope="local")
+                    scales = T.alloc_buffer((unroll * rows,), "float16", scope="local")
+                    weight = T.alloc_buffer((rows * 8,), "float16", scope="local")
+                    xs = T.alloc_buffer((8,), "float16", scope="local")
+                    pairs = T.alloc_buffer((rows * batch * 2,), "float16", scope="local")
+                    acc = T.alloc_buffer((rows * batch,), "float32", scope="local")
+                    row0: T.let[T.int32] = (block * teams + tid // team) * rows
+                    for i in T.unroll(rows * batch):
+                        acc[i] = T.float32(0)
+                    for c in T.serial(chunks):
+                        if c > 0:
+                            T.tvm_storage_sync("shared")
+                        stage(x, staged, eight, c * chunk, tid)
+                        T.tvm_storage_sync("shared")
+                        for it in T.serial(chunk // step):
+                            base = T.meta_var(
+                                it * step + tid // WARP % split * (WARP * unroll) + tid % WARP
+                            )
+                            for j in T.unroll(unroll):
+                                for r in T.unroll(rows):
+                                    u: T.let[T.int32] = T.min(
+                                        c * chunk + base + j * WARP, units - 1
+                                    )
+                                    row = T.meta_var(wide(T.min(row0 + r, out_features - 1)))
+                                    for e in T.vectorized(4):
+                                        words[(j * rows + r) * 4 + e] = packed[row, u * 4 + e]
+                                    scales[j * rows + r] = scale[row, u * 32 // group]
+                            for j in T.unroll(unroll):
+                                for i in T.unroll(rows * batch * 2):
+                                    pairs[i] = T.float16(0)
+                                for i in T.unroll(4):
+                                    for r in T.unroll(rows):
+                                        T.evaluate(
+                                            _unpack(
+                                                words[(j * rows + r) * 4 + i],
+                                                scales[j * rows + r],
+                                                T.address_of(weight[r * 8]),
+                                            )
+                                        )
+                                    for b in T.unroll(batch):
+                                        for e in T.vectorized(8):
+                                            xs[e] = staged[b, i, base + j * WARP, e]
+                                        for r in T.unroll(rows):
+                                            for e in T.unroll(4):
+                                                T.evaluate(
+                                                    _fma2(
+                                                        T.address_of(weight[r * 8 + e * 2]),
+                                                        T.address_of(xs[e * 2]),
+                                                        T.address_of(pairs[(r * batch + b) * 2]),
+                                                    )
+                                                )
+                                # Sixteen products a half are summed in fp16, the rest in float32.
+                                for i in T.unroll(rows * batch):
+                                    acc[i] = (
+                                        acc[i]
+                                        + T.cast(pairs[i * 2], "float32")
+                                        + T.cast(pairs[i * 2 + 1], "float32")
+                                    )
+                    finish(acc, partial, out, row0, tid)
+
+    return q4_gemv
+
+
+def gemv(
+    *, batch: int, out_features: int, in_features: int, out_dtype: str, tuned: Plan | None = None
+) -> tirx.PrimFunc:
+    """`(x [b,K] f16, w [N,K] f16) -> x @ w.T [b,N]` for 1 to 8 tokens, float32 accumulation.
+
+    K must be a multiple of 8 (UsageError). `tuned` replaces the plan that the sizes suggest.
+    """
+    return _gemv(
+        batch=batch,
+        out_features=out_features,
+        in_features=in_features,
+        group=0,
+        out_dtype=out_dtype,
+        tuned=tuned,
+    )
+
+
+def q4_gemv(
+    *,
+    batch: int,
+    out_features: int,
+    in_features: int,
+    group: int,
+    out_dtype: str,
+    tuned: Plan | None = None,
+) -> tirx.PrimFunc:
+    """`(x [b,K] f16, packed [N,K/8] u32, scale [N,K/group] f16) -> x @ w.T [b,N]`, 1 to 8 tokens.
+
+    Weights are rounded to fp16 as `q4_dequantize` rounds them, and 16 products at a time are summed
+    in fp16, the rest in float32. `group` and K must be multiples of 32 (UsageError).
+    """
+    return _gemv(
+        batch=batch,
+        out_features=out_features,
+        in_features=in_features,
+        group=group,
+        out_dtype=out_dtype,
+        tuned=tuned,
+    )
