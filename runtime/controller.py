@@ -83,8 +83,7 @@ class Controller:
 
     def send(self, op: str, **arguments: Any) -> None:
         """Send a command to all ranks; see `Worker` for what there is."""
-        if self._closed:
-            raise WorkerError("the session is closed; open a new one")
+        self._check_open()
         # Not to a dead worker: once its pipe is full, the write would never return.
         self._check()
         self._sent += 1
@@ -126,6 +125,7 @@ class Controller:
 
     def discard(self) -> None:
         """Wait for all commands, and drop results that nobody wants any more."""
+        self._check_open()
         deadline = time.monotonic() + self._timeout
         while self._busy():
             self._check()
@@ -159,6 +159,10 @@ class Controller:
 
     def _failed(self) -> bool:
         return self._processes.dead() is not None or any(self._directory.glob("*.error"))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise WorkerError("the session is closed; open a new one")
 
     def _check(self) -> None:
         if not self._closed and self._failed():

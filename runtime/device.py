@@ -265,17 +265,19 @@ def check_devices(manifest: Manifest) -> None:
 def runs_on(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:
     """Whether code compiled for `archs` runs on a GPU of this compute capability.
 
-    `sm_90a` runs on 9.0 only. `sm_80` runs on 8.x from 8.0 on as it is, and on later GPUs through
-    the PTX that is stored with it.
+    The library holds PTX of the latest architecture, which every later GPU compiles. Besides,
+    `sm_80` runs on 8.0 and later 8.x, and `sm_90a` on 9.0 only.
     """
+    compiled = []
     for arch in archs:
-        match = re.fullmatch(r"sm_(\d+)(\d)([af]?)", arch)
+        match = re.fullmatch(r"sm_(\d+)(\d)([a-z]?)", arch)
         if match is None:
             continue
-        compiled = int(match[1]), int(match[2])
-        if compiled == capability or (not match[3] and compiled < capability):
+        major, minor = int(match[1]), int(match[2])
+        compiled.append((major, minor))
+        if not match[3] and major == capability[0] and minor <= capability[1]:
             return True
-    return False
+    return capability in compiled or capability > max(compiled, default=capability)
 
 
 def _cudart() -> ctypes.CDLL:
