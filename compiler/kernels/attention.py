@@ -7,7 +7,21 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.script import tirx as T
 
+from .attention_gpu import (
+    attention_combine,
+    attention_partial,
+    attention_prefill,
+    num_splits,
+)
 from .common import SCHEDULED, extent, lanes_for
+
+__all__ = [
+    "attention_combine",
+    "attention_cpu",
+    "attention_partial",
+    "attention_prefill",
+    "num_splits",
+]
 
 
 def attention_cpu(

@@ -4,7 +4,7 @@
 
 A row's context is cut into `splits` contiguous pieces, so that a single sequence fills the GPU.
 `attention_partial` gives each piece's unnormalised sum, maximum and mass; `attention_combine` joins
-them. With one piece (`attention_whole`) there is nothing to join.
+them. With one piece (`attention_prefill`) there is nothing to join.
 
 A group of threads holds one position of the cache at a time, 16 bytes of it each, and applies it to
 all query heads that share the kv head. Each such group keeps an online softmax of its own; they are
@@ -71,11 +71,10 @@ def tiling(*, group: int, head_dim: int, dtype: str, warp: int) -> Tiling:
     return Tiling(load, width, lanes, warp // lanes, 2, -(-group // parts), parts)
 
 
-def num_splits(*, tokens: int, heads: int, kv_heads: int, max_seq_len: int) -> int:
-    """Pieces to cut a context into, so that `tokens` tokens at once fill the GPU."""
-    parts = -(-(heads // kv_heads) // MAX_QUERIES)
-    wanted = -(-FULL_GPU // (tokens * kv_heads * parts))
-    return max(1, min(wanted, MAX_SPLITS, -(-max_seq_len // 16)))
+def num_splits(*, tokens: int, kv_heads: int, max_len: int) -> int:
+    """Pieces to cut a context of up to `max_len` into, so that `tokens` at once fill the GPU."""
+    wanted = -(-FULL_GPU // (tokens * kv_heads))
+    return max(1, min(wanted, MAX_SPLITS, -(-max_len // 16)))
 
 
 def _piece(length: Any, splits: int, step: int) -> Any:
@@ -235,7 +234,7 @@ def _attention(
     if whole:
 
         @T.prim_func(s_tir=True)
-        def attention_whole(
+        def attention_prefill(
             q_h: T.handle,
             k_pages_h: T.handle,
             v_pages_h: T.handle,
@@ -287,7 +286,7 @@ def _attention(
                                         (tid + i * threads) % head_dim,
                                     ] = T.cast(value, dtype)
 
-        return attention_whole
+        return attention_prefill
 
     @T.prim_func(s_tir=True)
     def attention_partial(
@@ -308,8 +307,8 @@ def _attention(
         page_table = T.match_buffer(page_table_h, (extent(batch, "b"), max_pages), "int32")
         rows = T.match_buffer(rows_h, (n,), "int32")
         positions = T.match_buffer(positions_h, (n,), "int32")
-        sums = T.match_buffer(sums_h, (n, heads, splits, head_dim), "float32")
-        stats = T.match_buffer(stats_h, (n, heads, splits, 2), "float32")
+        sums = T.match_buffer(sums_h, (splits, n, heads, head_dim), "float32")
+        stats = T.match_buffer(stats_h, (splits, n, heads, 2), "float32")
         with T.sblock("root"):
             T.reads()
             T.writes()
@@ -334,8 +333,8 @@ def _attention(
                                             h = T.meta_var(
                                                 kp // parts * group + kp % parts * queries + g
                                             )
-                                            stats[t, h, piece, 0] = highest[g]
-                                            stats[t, h, piece, 1] = total[g]
+                                            stats[piece, t, h, 0] = highest[g]
+                                            stats[piece, t, h, 1] = total[g]
                                 for i in T.serial(
                                     (queries * head_dim + threads - 1 - tid) // threads
                                 ):
@@ -345,11 +344,16 @@ def _attention(
                                         for w in T.unroll(WARPS):
                                             value = value + all_acc[w, tid + i * threads]
                                         sums[
+                                            piece,
                                             t,
                                             kp // parts * group + kp % parts * queries + g,
-                                            piece,
                                             (tid + i * threads) % head_dim,
                                         ] = value
+                            elif tid < queries:
+                                if kp % parts * queries + tid < group:
+                                    h = T.meta_var(kp // parts * group + kp % parts * queries + tid)
+                                    stats[piece, t, h, 0] = T.float32(LOWEST)
+                                    stats[piece, t, h, 1] = T.float32(0)
 
     return attention_partial
 
@@ -358,15 +362,15 @@ def attention_partial(*, splits: int, **sizes: Any) -> tirx.PrimFunc:
     """Attention to each of `splits` pieces of the context.
 
     `(q [n,H,D], k_pages, v_pages, page_table [B,P] i32, rows [n] i32, positions [n] i32, layer i64)
-    -> (sums [n,H,splits,D] f32, stats [n,H,splits,2] f32)`; stats are the maximum (of scores in
-    base 2) and the mass. Pieces past the token's position stay unwritten. `sizes`: tokens, heads,
+    -> (sums [splits,n,H,D] f32, stats [splits,n,H,2] f32)`; stats are the maximum (of scores in
+    base 2) and the mass. The sums of a piece without mass stay unwritten. `sizes`: tokens, heads,
     kv_heads, head_dim, layers, pages, page_size, batch, max_pages, dtype, scale, target.
     """
     return _attention(splits=splits, whole=False, **sizes)
 
 
-def attention_whole(**sizes: Any) -> tirx.PrimFunc:
-    """Attention without pieces, for many tokens at once: arguments of `attention_cpu`.
+def attention_prefill(**sizes: Any) -> tirx.PrimFunc:
+    """Attention without pieces, for many tokens at once.
 
     `(q, k_pages, v_pages, page_table, rows, positions, layer) -> out [n,H,D]`; zeros for tokens of
     position -1. `sizes` as for `attention_partial`.
@@ -375,29 +379,16 @@ def attention_whole(**sizes: Any) -> tirx.PrimFunc:
 
 
 def attention_combine(
-    *,
-    tokens: int | None,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: str,
-    splits: int,
-    target: Any,
+    *, tokens: int | None, heads: int, head_dim: int, dtype: str, splits: int, target: Any
 ) -> tirx.PrimFunc:
-    """Join the pieces: `(sums, stats, positions [n] i32) -> out [n,H,D]`, zeros where inactive."""
+    """Join the pieces: `(sums, stats) -> out [n,H,D]`, zeros where no piece has mass."""
     n = extent(tokens)
-    step = tiling(
-        group=heads // kv_heads, head_dim=head_dim, dtype=dtype, warp=warp_size_of(target)
-    ).step
 
     @T.prim_func(s_tir=True)
-    def attention_combine(
-        sums_h: T.handle, stats_h: T.handle, positions_h: T.handle, out_h: T.handle
-    ):
+    def attention_combine(sums_h: T.handle, stats_h: T.handle, out_h: T.handle):
         T.func_attr(SCHEDULED)
-        sums = T.match_buffer(sums_h, (n, heads, splits, head_dim), "float32")
-        stats = T.match_buffer(stats_h, (n, heads, splits, 2), "float32")
-        positions = T.match_buffer(positions_h, (n,), "int32")
+        sums = T.match_buffer(sums_h, (splits, n, heads, head_dim), "float32")
+        stats = T.match_buffer(stats_h, (splits, n, heads, 2), "float32")
         out = T.match_buffer(out_h, (n, heads, head_dim), dtype)
         with T.sblock("root"):
             T.reads()
@@ -405,18 +396,17 @@ def attention_combine(
             for t in T.thread_binding(n, thread="blockIdx.x"):
                 for h in T.thread_binding(heads, thread="blockIdx.y"):
                     for d in T.thread_binding(head_dim, thread="threadIdx.x"):
-                        length: T.let[T.int32] = positions[t] + 1
-                        size: T.let[T.int32] = _piece(length, splits, step)
                         above: T.float32 = T.float32(LOWEST)
-                        for s in T.serial((length + size - 1) // size):
-                            above = T.max(above, stats[t, h, s, 0])
+                        for s in T.serial(splits):
+                            above = T.max(above, stats[s, t, h, 0])
                         mass: T.float32 = T.float32(0)
                         value: T.float32 = T.float32(0)
-                        for s in T.serial((length + size - 1) // size):
-                            weight: T.let[T.float32] = T.exp2(stats[t, h, s, 0] - above)
-                            mass = mass + weight * stats[t, h, s, 1]
-                            value = value + weight * sums[t, h, s, d]
-                        if length <= 0:
+                        for s in T.serial(splits):
+                            if stats[s, t, h, 1] > T.float32(0):
+                                weight: T.let[T.float32] = T.exp2(stats[s, t, h, 0] - above)
+                                mass = mass + weight * stats[s, t, h, 1]
+                                value = value + weight * sums[s, t, h, d]
+                        if mass == T.float32(0):
                             mass = T.float32(1)
                         out[t, h, d] = T.cast(value / mass, dtype)
 

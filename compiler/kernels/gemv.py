@@ -53,13 +53,13 @@ __device__ __forceinline__ void shardwright_fma2(const half* a, const half* b, h
 """
 
 
-def _unpack(word, scale, out):
+def _unpack(word: Any, scale: Any, out: Any) -> Any:
     """Eight elements of a word as fp16, in the order 0 4 1 5 2 6 3 7."""
     return T.cuda.func_call("shardwright_q4_unpack", word, scale, out, source_code=_UNPACK)
 
 
-def _fma2(a, b, acc):
-    """acc += a * b for two fp16 each."""
+def _fma2(a: Any, b: Any, acc: Any) -> Any:
+    """Acc += a * b for two fp16 each."""
     return T.cuda.func_call("shardwright_fma2", a, b, acc, source_code=_FMA2)
 
 
@@ -73,7 +73,7 @@ class Plan:
 
 
 def plan(*, batch: int, out_features: int, units: int) -> Plan:
-    """The plan for a weight of `out_features` rows of `units` units of 16 bytes, for `batch` tokens."""
+    """The plan for `batch` tokens and a weight of `out_features` rows of `units` units."""
     rows = 4 if batch <= 4 else 2
     while rows > 1 and out_features // rows * (units // WARP or 1) < FULL_GPU:
         rows //= 2

@@ -15,6 +15,9 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from .common import SCHEDULED, extent, for_blocks, for_threads, is_gpu, lanes_for
+from .gemv import gemv, q4_gemv
+
+__all__ = ["gemv", "matmul_cpu", "q4_dequantize", "q4_gemv", "q4_matmul_cpu", "q4_take"]
 
 TOKEN_TILE = 8  # tokens that share one reading (and one unpacking) of the weight on a CPU
 
@@ -203,9 +206,9 @@ def q4_take(
 
 
 def q4_dequantize(
-    *, out_features: int, in_features: int, group: int, dtype: str, target: Any
+    *, out_features: int, in_features: int, group: int, dtype: str, target: Any = "cuda"
 ) -> tirx.PrimFunc:
-    """`(packed [N,K/8] u32, scale [N,K/group]) -> w [N,K]`, before a matrix product of many tokens."""
+    """`(packed [N,K/8] u32, scale [N,K/group]) -> w [N,K]`, for a matrix product of many tokens."""
     gpu = is_gpu(target)
     words = in_features // 8
     threads = 256 if gpu else 1
@@ -226,9 +229,7 @@ def q4_dequantize(
                     unpacked = T.alloc_buffer((8,), dtype, scope="local")
                     for i in T.serial(per_block // threads):
                         # Element offsets of a large vocabulary pass 2 ** 31.
-                        at: T.let[T.int64] = (
-                            T.cast(block, "int64") * per_block + i * threads + tid
-                        )
+                        at: T.let[T.int64] = T.cast(block, "int64") * per_block + i * threads + tid
                         if at < out_features * words:
                             row: T.let[T.int64] = at // words
                             column: T.let[T.int64] = at % words

@@ -151,9 +151,9 @@ def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.
     @T.inline
     def top_k_threshold(threshold, r, tid, k, scores, scratch):
         # The largest key that at least k scores reach.
-        for b in T.serial(32):
+        for bit in T.serial(32):
             candidate: T.let[T.uint32] = T.bitwise_or(
-                threshold, T.shift_left(T.uint32(1), T.cast(31 - b, "uint32"))
+                threshold, T.shift_left(T.uint32(1), T.cast(31 - bit, "uint32"))
             )
             count: T.int32 = 0
             for i in T.serial((vocab + threads - 1 - tid) // threads):
@@ -182,9 +182,9 @@ def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.
         mass_above(mass, T.uint32(0), r, tid, weights, scratch)
         wanted = T.local_scalar(mass_type)
         wanted = mass * T.cast(top_p, mass_type)
-        for b in T.serial(30):
+        for bit in T.serial(30):
             candidate: T.let[T.uint32] = T.bitwise_or(
-                threshold, T.shift_left(T.uint32(1), T.cast(29 - b, "uint32"))
+                threshold, T.shift_left(T.uint32(1), T.cast(29 - bit, "uint32"))
             )
             mass_above(mass, candidate, r, tid, weights, scratch)
             if mass >= wanted:
@@ -321,7 +321,9 @@ def store_logits(*, batch: int | None, vocab: int, target: Any) -> tirx.PrimFunc
                 for tid in for_threads(threads, gpu):
                     if last[rb // blocks] >= 0:
                         for i in T.serial(per_block // threads):
-                            at: T.let[T.int32] = T.cast(rb % blocks, "int32") * per_block + i * threads + tid
+                            at: T.let[T.int32] = (
+                                T.cast(rb % blocks, "int32") * per_block + i * threads + tid
+                            )
                             if at < vocab:
                                 logits[rb // blocks, at] = new[rb // blocks, at]
 
