@@ -20,7 +20,7 @@ from shardwright.runtime.processes import WorkerProcesses
 from shardwright.runtime.worker import CALL, Results, add_worker, register, remove_worker
 
 from shardwright import errors
-from shardwright.errors import WorkerError
+from shardwright.errors import ArtifactError, WorkerError
 
 _CHECK_SECONDS = 0.05
 
@@ -236,3 +236,18 @@ def _as_error(name: str, report: dict[str, str]) -> Exception:
     error = WorkerError(f"{name} failed: {report['type']}: {first}")
     error.__cause__ = RuntimeError(report.get("traceback", report["message"]))
     return error
+
+
+def check_manifest(directory: Path, manifest: Manifest, num_shards: int | None) -> None:
+    """Raise ArtifactError if the artefact cannot run, or not with this number of ranks."""
+    world = manifest.mesh.size
+    if num_shards is not None and num_shards != world:
+        raise ArtifactError(
+            f"{directory} was built for {world} ranks, not {num_shards}; "
+            f"build it again with --num-shards {num_shards}"
+        )
+    if not manifest.has_weights and not manifest.dummy_weights:
+        raise ArtifactError(
+            f"{directory} was built with --build-model-only and holds no weights; "
+            "build it without, or with --dummy-weights"
+        )

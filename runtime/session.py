@@ -4,7 +4,6 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,29 +11,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from shardwright.runtime import tvm_runtime
-from shardwright.runtime.artifact import Manifest, load_manifest
-from shardwright.runtime.controller import Controller
+from shardwright.runtime.artifact import load_manifest
+from shardwright.runtime.controller import Controller, check_manifest
 from shardwright.runtime.device import check_devices
-from shardwright.runtime.sampling import MAX_EOS, SamplingParams
+from shardwright.runtime.rows import (
+    Row,
+    Tokens,
+    check_length,
+    check_prompts,
+    chunks,
+    common_prefix,
+    sampling_state,
+)
+from shardwright.runtime.sampling import SamplingParams
 
-from shardwright.errors import ArtifactError, InputError, UsageError
-
-Tokens = Sequence[int]
-
-
-@dataclass
-class _Row:
-    """A row while it generates."""
-
-    prompt: list[int]
-    params: SamplingParams
-    eos: frozenset[int]
-    limit: int
-    new: list[int] = field(default_factory=list)
-
-    @property
-    def done(self) -> bool:
-        return len(self.new) >= self.limit or bool(self.new and self.new[-1] in self.eos)
+from shardwright.errors import InputError, UsageError
 
 
 class Session:
@@ -69,7 +60,7 @@ class Session:
         began = time.monotonic()
         directory = Path(path)
         self.manifest = load_manifest(directory)
-        _check_manifest(directory, self.manifest, num_shards)
+        check_manifest(directory, self.manifest, num_shards)
         tvm_runtime.load(cuda=self.manifest.target.kind == "cuda")
         check_devices(self.manifest)
         self._controller = Controller(directory, self.manifest, timeout, progress)
@@ -113,19 +104,19 @@ class Session:
 
         Raises InputError for an empty or too long row, too many rows, or an unknown token.
         """
-        rows = self._check_prompts(prompts)
+        rows = check_prompts(self.manifest, prompts)
         if extend and len(rows) != len(self._rows):
             raise InputError(f"{len(rows)} rows to extend, the session has {len(self._rows)}")
         before = self._rows if extend else [[] for _ in rows]
         after = [old + new for old, new in zip(before, rows, strict=True)]
         for index, row in enumerate(after):
-            self._check_length(index, len(row))
+            check_length(self.manifest, index, len(row))
         self._begin()
         self._rows = []  # until it has succeeded
         began = time.monotonic()
         self._feed(after, [len(row) for row in before])
         # Plain sampling, so that `decode` spends no time on penalties.
-        self._write_sampling([_Row(row, SamplingParams(), frozenset(), 0) for row in after])
+        self._write_sampling([Row(row) for row in after])
         logits = self._logits(len(rows))
         self._count("prefill", sum(map(len, rows)), began)
         self._rows = after
@@ -147,9 +138,9 @@ class Session:
             raise InputError(
                 f"{len(tokens)} tokens for {len(self._rows)} rows; give one per row, after prefill"
             )
-        new = self._check_prompts([[token] for token in tokens])
+        new = check_prompts(self.manifest, [[token] for token in tokens])
         for index, row in enumerate(self._rows):
-            self._check_length(index, len(row) + 1)
+            check_length(self.manifest, index, len(row) + 1)
         self._begin()
         began = time.monotonic()
         count = len(new)
@@ -185,7 +176,7 @@ class Session:
 
         Raises InputError as `prefill`, at once and not at the first step.
         """
-        rows = self._check_prompts(prompts)
+        rows = check_prompts(self.manifest, prompts)
         options = (
             [params or SamplingParams()] * len(rows)
             if params is None or isinstance(params, SamplingParams)
@@ -195,11 +186,11 @@ class Session:
             raise InputError(f"{len(options)} sampling options for {len(rows)} prompts")
         found = []
         for index, (row, option) in enumerate(zip(rows, options, strict=True)):
-            self._check_length(index, len(row))
+            check_length(self.manifest, index, len(row))
             eos = self.manifest.model.eos if option.eos is None else option.eos
             space = self.manifest.limits.max_seq_len - len(row)
             limit = space if option.max_new_tokens is None else min(space, option.max_new_tokens)
-            found.append(_Row(row, option, frozenset(eos), limit))
+            found.append(Row(row, option, frozenset(eos), limit))
         self._begin()
         return self._generate(found, self._call)
 
@@ -218,11 +209,10 @@ class Session:
             figures[f"{name}_tokens_per_second"] = tokens / seconds if seconds else 0.0
         return figures | {"ranks": self._controller.memory}
 
-    def _generate(self, rows: list[_Row], call: int) -> Iterator[list[int | None]]:
+    def _generate(self, rows: list[Row], call: int) -> Iterator[list[int | None]]:
         self._check_call(call)
-        cached = [_common(old, row.prompt) for old, row in zip(self._rows, rows, strict=False)] + [
-            0
-        ] * max(0, len(rows) - len(self._rows))
+        before = self._rows + [[]] * len(rows)
+        cached = [common_prefix(old, row.prompt) for old, row in zip(before, rows, strict=False)]
         self._rows = []
         began = time.monotonic()
         self._feed([row.prompt for row in rows], cached)
@@ -275,7 +265,7 @@ class Session:
     def _feed(self, rows: list[list[int]], cached: list[int]) -> None:
         """Prefill each row from its first token that is not cached, in chunks over all rows."""
         limits = self.manifest.limits
-        for pieces in _chunks(rows, cached, limits.prefill_chunk_size):
+        for pieces in chunks(rows, cached, limits.prefill_chunk_size):
             last, end = self._pad([], -1), 0
             for row, start, length, tokens in pieces:
                 end += len(tokens)
@@ -283,18 +273,8 @@ class Session:
                     last[row] = end - 1
             self._controller.send("prefill", pieces=pieces, last=last)
 
-    def _write_sampling(self, rows: list[_Row]) -> None:
-        idle = SamplingParams(seed=0)
-        size = self.manifest.limits.max_batch_size
-        everyone = rows + [_Row([], idle, frozenset(), 0)] * (size - len(rows))
-        state = {
-            # A row without room for a token stays inactive.
-            "positions": [len(row.prompt) - 1 if row.limit else -1 for row in everyone],
-            "history": [row.prompt for row in everyone],
-            "sampling_f": [row.params.float_row() for row in everyone],
-            "sampling_i": [row.params.int_row(len(row.prompt)) for row in everyone],
-            "eos": [sorted(row.eos) + [-1] * (MAX_EOS - len(row.eos)) for row in everyone],
-        }
+    def _write_sampling(self, rows: list[Row]) -> None:
+        state = sampling_state(rows, self.manifest.limits.max_batch_size)
         self._controller.send("write", state=state)
 
     def _logits(self, rows: int) -> npt.NDArray[np.float32]:
@@ -311,72 +291,3 @@ class Session:
     def _count(self, phase: str, tokens: int, began: float) -> None:
         count, seconds = self._counts[phase]
         self._counts[phase] = count + tokens, seconds + time.monotonic() - began
-
-    def _check_prompts(self, prompts: Sequence[Tokens]) -> list[list[int]]:
-        most, vocab = self.manifest.limits.max_batch_size, self.manifest.model.vocab_size
-        if not prompts:
-            raise InputError("no prompts; give at least one")
-        if len(prompts) > most:
-            raise InputError(
-                f"{len(prompts)} rows, the model was built for {most}; "
-                f"give fewer, or build it with --max-batch-size {len(prompts)}"
-            )
-        rows = [[int(token) for token in prompt] for prompt in prompts]
-        for index, row in enumerate(rows):
-            if not row:
-                raise InputError(f"the prompt of row {index} is empty; give at least one token")
-            for token in row:
-                if not 0 <= token < vocab:
-                    raise InputError(f"row {index}: token {token} is outside 0..{vocab - 1}")
-        return rows
-
-    def _check_length(self, index: int, length: int) -> None:
-        most = self.manifest.limits.max_seq_len
-        if length > most:
-            raise InputError(
-                f"row {index} would be {length} tokens long, the model was built for {most}; "
-                f"shorten it, or build the model with --max-seq-len {length}"
-            )
-
-
-def _check_manifest(directory: Path, manifest: Manifest, num_shards: int | None) -> None:
-    world = manifest.mesh.size
-    if num_shards is not None and num_shards != world:
-        raise ArtifactError(
-            f"{directory} was built for {world} ranks, not {num_shards}; "
-            f"build it again with --num-shards {num_shards}"
-        )
-    if not manifest.has_weights and not manifest.dummy_weights:
-        raise ArtifactError(
-            f"{directory} was built with --build-model-only and holds no weights; "
-            "build it without, or with --dummy-weights"
-        )
-
-
-def _common(cached: list[int], prompt: list[int]) -> int:
-    """Tokens of the prompt that need not be fed. At least the last one is, for its logits."""
-    count = 0
-    for old, new in zip(cached, prompt[:-1], strict=False):
-        if old != new:
-            break
-        count += 1
-    return count
-
-
-def _chunks(
-    rows: list[list[int]], cached: list[int], size: int
-) -> Iterator[list[tuple[int, int, int, list[int]]]]:
-    """Cut rows into chunks of at most `size` tokens: pieces (row, start, final length, tokens)."""
-    pieces: list[tuple[int, int, int, list[int]]] = []
-    room = size
-    for index, (row, start) in enumerate(zip(rows, cached, strict=True)):
-        while start < len(row):
-            tokens = row[start : start + room]
-            pieces.append((index, start, len(row), tokens))
-            start += len(tokens)
-            room -= len(tokens)
-            if room == 0:
-                yield pieces
-                pieces, room = [], size
-    if pieces:
-        yield pieces

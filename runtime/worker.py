@@ -24,12 +24,14 @@ from shardwright.runtime.collectives import (
     AbortedError,
     Collectives,
     HostCollectives,
-    NcclCollectives,
     activate,
     install,
 )
-from shardwright.runtime.device import CpuDevice, CudaDevice, Device
+from shardwright.runtime.cuda_device import CudaDevice
+from shardwright.runtime.device import CpuDevice, Device
+from shardwright.runtime.nccl import NcclCollectives
 from shardwright.runtime.program import Program
+from shardwright.runtime.rows import Piece
 
 from shardwright import errors
 
@@ -119,8 +121,8 @@ class Worker:
         # The barrier is behind: every rank has loaded, and written its memory.
         self._publish("loaded", None)
 
-    def do_prefill(self, pieces: list[tuple[int, int, int, list[int]]], last: list[int]) -> None:
-        """Feed a chunk of (row, position of the first token, final length, tokens)."""
+    def do_prefill(self, pieces: list[Piece], last: list[int]) -> None:
+        """Feed a chunk; `last` is each row's final token in it, by index, or -1."""
         # Copying the inputs blocks until the previous chunk is done, without an end if a peer died.
         self._device.wait()
         counts = [len(tokens) for *_, tokens in pieces]

@@ -1,0 +1,140 @@
+"""An NVIDIA GPU as a `Device`: a stream, captured graphs, reads through pinned memory."""
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from shardwright.runtime.collectives import AbortedError
+from shardwright.runtime.cudart import call, check, cudart, done
+from shardwright.runtime.device import POLL_SECONDS, Pending
+
+
+class CudaDevice:
+    """An NVIDIA GPU with a stream of its own."""
+
+    _SLOTS = 64  # more reads than the session ever keeps in flight
+    _SLOT_BYTES = 4096
+
+    def __init__(self, index: int, use_graph: bool) -> None:
+        import tvm
+        import tvm_ffi
+
+        self.tvm = tvm.cuda(index)
+        self._use_raw_stream = tvm_ffi.use_raw_stream
+        self._cuda = cudart()
+        self._use_graph = use_graph
+        self._aborted = False
+        self._seen: set[Any] = set()
+        self._graphs: dict[Any, ctypes.c_void_p] = {}
+        call(self._cuda, "cudaSetDevice", index)
+        self._stream = ctypes.c_void_p()
+        # Flags 0: ordered with the legacy stream, on which TVM copies to and from the host. A
+        # stream that is not ordered with it would need a synchronisation around every copy.
+        call(self._cuda, "cudaStreamCreateWithFlags", ctypes.byref(self._stream), 0)
+        self._events = [self._new_event() for _ in range(self._SLOTS + 1)]
+        self._pinned = ctypes.c_void_p()
+        size = self._SLOTS * self._SLOT_BYTES
+        call(self._cuda, "cudaHostAlloc", ctypes.byref(self._pinned), ctypes.c_size_t(size), 0)
+        self._next = 0
+
+    def _new_event(self) -> ctypes.c_void_p:
+        event = ctypes.c_void_p()
+        disable_timing = 2
+        call(self._cuda, "cudaEventCreateWithFlags", ctypes.byref(event), disable_timing)
+        return event
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """See `Device`."""
+        scope: contextlib.AbstractContextManager[Any] = self._use_raw_stream(
+            self.tvm, self._stream.value
+        )
+        return scope
+
+    def wait(self) -> None:
+        """See `Device`."""
+        event = self._events[self._SLOTS]
+        call(self._cuda, "cudaEventRecord", event, self._stream)
+        while not done(self._cuda, event):
+            if self._aborted:
+                raise AbortedError("waiting for the GPU was broken off: another rank failed")
+            time.sleep(POLL_SECONDS)
+
+    def abort(self) -> None:
+        """See `Device`."""
+        self._aborted = True
+
+    def fetch(self, tensor: Any) -> Pending:
+        """See `Device`."""
+        slot, self._next = self._next, (self._next + 1) % self._SLOTS
+        address = (self._pinned.value or 0) + slot * self._SLOT_BYTES
+        count = tensor.numel()
+        to_host = 2
+        call(
+            self._cuda,
+            "cudaMemcpyAsync",
+            ctypes.c_void_p(address),
+            ctypes.c_void_p(tensor.data_ptr()),
+            ctypes.c_size_t(4 * count),
+            to_host,
+            self._stream,
+        )
+        call(self._cuda, "cudaEventRecord", self._events[slot], self._stream)
+        return _CudaRead(self._cuda, self._events[slot], address, count)
+
+    def replay(self, key: Any, program: Callable[[], None]) -> None:
+        """See `Device`. The first run loads kernels, the second is captured, later ones replay.
+
+        Every rank makes the same calls, so that all capture the collectives in the same order.
+        """
+        if not self._use_graph or key not in self._seen:
+            self._seen.add(key)
+            program()
+            return
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(program)
+        call(self._cuda, "cudaGraphLaunch", self._graphs[key], self._stream)
+
+    def _capture(self, program: Callable[[], None]) -> ctypes.c_void_p:
+        # Relaxed: another thread of this process, the controller, polls events meanwhile.
+        relaxed = 2
+        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+        call(self._cuda, "cudaStreamBeginCapture", self._stream, relaxed)
+        try:
+            program()
+        finally:
+            status = self._cuda.cudaStreamEndCapture(self._stream, ctypes.byref(graph))
+        check(self._cuda, "cudaStreamEndCapture", status)
+        call(
+            self._cuda,
+            "cudaGraphInstantiate",
+            ctypes.byref(executable),
+            graph,
+            ctypes.c_ulonglong(0),
+        )
+        call(self._cuda, "cudaGraphDestroy", graph)
+        return executable
+
+    def close(self) -> None:
+        """Release the stream, the graphs and the pinned memory. The device must be idle."""
+        for executable in self._graphs.values():
+            self._cuda.cudaGraphExecDestroy(executable)
+        for event in self._events:
+            self._cuda.cudaEventDestroy(event)
+        self._cuda.cudaFreeHost(self._pinned)
+        self._cuda.cudaStreamDestroy(self._stream)
+
+
+class _CudaRead:
+    def __init__(self, cuda: ctypes.CDLL, event: ctypes.c_void_p, address: int, count: int) -> None:
+        self._cuda, self._event, self._address, self._count = cuda, event, address, count
+
+    def ready(self) -> bool:
+        return done(self._cuda, self._event)
+
+    def value(self) -> npt.NDArray[np.int32]:
+        buffer = (ctypes.c_int32 * self._count).from_address(self._address)
+        return np.array(buffer, dtype=np.int32)

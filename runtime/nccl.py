@@ -1,0 +1,130 @@
+"""NCCL through its C interface: collectives between NVIDIA GPUs."""
+
+import ctypes
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from shardwright.runtime.collectives import AbortedError
+from shardwright.runtime.tvm_runtime import load_cuda_library
+
+from shardwright.errors import WorkerError
+
+
+class _UniqueId(ctypes.Structure):
+    _fields_ = [("internal", ctypes.c_char * 128)]
+
+
+class NcclCollectives:
+    """NCCL through its C interface, on TVM's current stream, so that a CUDA graph captures it."""
+
+    # ncclDataType_t of nccl.h
+    _DTYPES = {"int32": 2, "float16": 6, "float32": 7}  # noqa: RUF012
+    _SUM = 0
+
+    def __init__(self, directory: Path, rank: int, world: int, device: Any) -> None:
+        self._device = device
+        self._library = load_cuda_library("libnccl.so.2")
+        pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+        self._library.ncclGetErrorString.restype = ctypes.c_char_p
+        self._library.ncclCommInitRank.argtypes = [pointer, integer, _UniqueId, integer]
+        self._library.ncclAllReduce.argtypes = [
+            *(pointer, pointer, size, integer, integer),
+            *(pointer, pointer),
+        ]
+        self._library.ncclAllGather.argtypes = [pointer, pointer, size, integer, pointer, pointer]
+        self._library.ncclCommAbort.argtypes = [pointer]
+        self._library.ncclCommDestroy.argtypes = [pointer]
+        self._lock = threading.Lock()
+        self._communicator: int | None = None
+        unique = self._exchange_id(directory / "nccl-id", rank)
+        communicator = ctypes.c_void_p()
+        self._check(
+            self._library.ncclCommInitRank(ctypes.byref(communicator), world, unique, rank),
+            "ncclCommInitRank",
+        )
+        self._communicator = communicator.value
+
+    def _exchange_id(self, path: Path, rank: int) -> _UniqueId:
+        unique = _UniqueId()
+        if rank == 0:
+            self._check(
+                self._library.ncclGetUniqueId(ctypes.byref(unique)),
+                "ncclGetUniqueId",
+            )
+            part = path.with_suffix(".part")
+            part.write_bytes(bytes(unique))
+            part.rename(path)
+            return unique
+        deadline = time.monotonic() + 120
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise WorkerError(f"rank {rank}: no NCCL id from rank 0 within 120 s")
+            time.sleep(0.005)
+        return _UniqueId.from_buffer_copy(path.read_bytes())
+
+    def all_reduce(self, x: Any, out: Any) -> None:
+        """See `Collectives`. Enqueues; raises WorkerError if NCCL refuses."""
+        status = self._library.ncclAllReduce(
+            x.data_ptr(),
+            out.data_ptr(),
+            x.numel(),
+            self._dtype(x),
+            self._SUM,
+            self._communicator,
+            self._stream(),
+        )
+        self._check(status, "ncclAllReduce")
+
+    def all_gather(self, x: Any, out: Any) -> None:
+        """See `Collectives`. Enqueues; raises WorkerError if NCCL refuses."""
+        status = self._library.ncclAllGather(
+            x.data_ptr(),
+            out.data_ptr(),
+            x.numel(),
+            self._dtype(x),
+            self._communicator,
+            self._stream(),
+        )
+        self._check(status, "ncclAllGather")
+
+    def barrier(self) -> None:
+        """Enqueue a small all-reduce: the stream passes it when every rank's stream got there."""
+        import tvm
+
+        # Kept on the object: the kernel may run after this call returns.
+        self._token = tvm.runtime.empty((1,), "int32", self._device)
+        self.all_reduce(self._token, self._token)
+
+    def abort(self) -> None:
+        """See `Collectives`. Kernels on this rank's device end; the communicator is gone."""
+        with self._lock:
+            if self._communicator is not None:
+                self._library.ncclCommAbort(self._communicator)
+            self._communicator = None
+
+    def close(self) -> None:
+        """See `Collectives`."""
+        with self._lock:
+            if self._communicator is not None:
+                self._library.ncclCommDestroy(self._communicator)
+            self._communicator = None
+
+    def _dtype(self, x: Any) -> int:
+        if self._communicator is None:
+            raise AbortedError("a collective was broken off: another rank failed")
+        dtype = self._DTYPES.get(str(x.dtype))
+        if dtype is None:
+            raise WorkerError(f"NCCL collectives have no dtype {x.dtype}")
+        return dtype
+
+    def _stream(self) -> int:
+        import tvm_ffi
+
+        return int(tvm_ffi.get_raw_stream(self._device) or 0)
+
+    def _check(self, status: int, what: str) -> None:
+        if status != 0:
+            reason = self._library.ncclGetErrorString(status).decode()
+            raise WorkerError(f"{what} failed: {reason}; NCCL_DEBUG=INFO prints why")
