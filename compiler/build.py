@@ -23,6 +23,7 @@ from shardwright.compiler.partition import Partitioned, partition
 from shardwright.compiler.placement import Placement, local_shape
 from shardwright.compiler.quantization import Quantization, quantization
 from shardwright.compiler.rules import shape_of
+from shardwright.compiler.script_speed import without_source_context
 from shardwright.compiler.trace import Limits, Traced, trace
 from shardwright.compiler.verify import verify
 from shardwright.compiler.weights import Source, Weight, ignore_buffers, write_shards
@@ -260,7 +261,7 @@ def compile_program(
 ) -> tuple[int, dict[str, artifact.Function]]:
     """Lower and compile `program` to `library`; bytes of workspace, and function signatures."""
     workspace = PlanWorkspace()
-    with target:
+    with target, without_source_context():
         mod = lower_abstract(program.mod, target)
         pipeline.dump(mod, dump_ir, "3-lowered")
         prefill = mod["prefill"]

@@ -120,7 +120,7 @@ class Checkpoint:
         out = np.empty((stop - start, *info.shape[1:]), _READABLE[info.dtype])
         if out.size:
             row = out.nbytes // (stop - start)
-            buffer = memoryview(out.reshape(-1).view(np.uint8))
+            buffer = out.reshape(-1).view(np.uint8).data
             self._pread(info.file, buffer, info.offset + start * row)
         return out
 

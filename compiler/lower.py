@@ -12,7 +12,7 @@ from typing import Any
 import tvm
 from tvm import relax, te
 
-from shardwright.compiler.kernels import attention, matmul, rotary, sampling
+from shardwright.compiler.kernels import attention, gemv, matmul, rotary, sampling
 from shardwright.compiler.linear import Rewriter
 from shardwright.compiler.rules import op_name, operands_of, shape_of
 
@@ -119,28 +119,26 @@ def _attention(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.E
     if shapes["tokens"] is None:
         kernel = k.kernel(attention.attention_prefill, **shapes, target=k.target)
         return relax.call_tir(kernel, [*tensors, layer], call.ty)
+    n, heads, head_dim = shape_of(q)
     splits = attention.num_splits(
-        tokens=shapes["tokens"],
+        tokens=n,
         kv_heads=shapes["kv_heads"],
         max_len=shapes["max_pages"] * shapes["page_size"],
     )
-    n, heads, head_dim = shape_of(q)
-    partial = k.kernel(attention.attention_partial, **shapes, splits=splits, target=k.target)
+    kernel = k.kernel(attention.attention_partial, **shapes, splits=splits, target=k.target)
     types = [
         relax.TensorType([splits, n, heads, head_dim], "float32"),
         relax.TensorType([splits, n, heads, 2], "float32"),
     ]
-    parts = k.bb.emit(relax.call_tir(partial, [*tensors, layer], types))
+    parts = k.bb.emit(relax.call_tir(kernel, [*tensors, layer], types))
+    pieces = [k.bb.emit(relax.TupleGetItem(parts, i)) for i in range(2)]
+    names = ("tokens", "heads", "head_dim", "dtype")
     combine = k.kernel(
         attention.attention_combine,
-        tokens=n,
-        heads=heads,
-        head_dim=head_dim,
+        **{name: shapes[name] for name in names},
         splits=splits,
-        dtype=shapes["dtype"],
         target=k.target,
     )
-    pieces = [k.bb.emit(relax.TupleGetItem(parts, i)) for i in range(2)]
     return relax.call_tir(combine, pieces, call.ty)
 
 
@@ -162,11 +160,18 @@ def _linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr
     if k.target == "cpu":
         kernel = k.kernel(matmul.matmul_cpu, **shapes, dtype=str(x.ty.dtype))
         return relax.call_tir(kernel, [x, weight], call.ty)
-    if shapes["tokens"] is not None and shapes["tokens"] <= GEMV_MAX_BATCH:
+    half = str(x.ty.dtype) == "float16"
+    if half and _fits_gemv(shapes, unit=8):
         batch = shapes.pop("tokens")
-        kernel = k.kernel(matmul.gemv, batch=batch, **shapes)
+        kernel = k.kernel(gemv.gemv, batch=batch, **shapes)
         return relax.call_tir(kernel, [x, weight], call.ty)
     return _tensor_core_linear(k, call, x, weight)
+
+
+def _fits_gemv(shapes: dict[str, Any], unit: int) -> bool:
+    """Whether a matrix-vector kernel serves, which reads `unit` elements of a row at once."""
+    tokens = shapes["tokens"]
+    return tokens is not None and tokens <= GEMV_MAX_BATCH and shapes["in_features"] % unit == 0
 
 
 def _linear_shapes(
@@ -202,11 +207,18 @@ def _q4_linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.E
     if k.target == "cpu":
         kernel = k.kernel(matmul.q4_matmul_cpu, **shapes, dtype=str(x.ty.dtype))
         return relax.call_tir(kernel, [x, packed, scale], call.ty)
-    batch, out_dtype = shapes.pop("tokens"), shapes.pop("out_dtype")
-    if batch is not None and batch <= GEMV_MAX_BATCH:
-        kernel = k.kernel(matmul.q4_gemv, batch=batch, **shapes, out_dtype=out_dtype)
+    if group % 32 == 0 and _fits_gemv(shapes, unit=32):
+        batch = shapes.pop("tokens")
+        kernel = k.kernel(gemv.q4_gemv, batch=batch, **shapes)
         return relax.call_tir(kernel, [x, packed, scale], call.ty)
-    kernel = k.kernel(matmul.q4_dequantize, **shapes, dtype=str(x.ty.dtype))
+    kernel = k.kernel(
+        matmul.q4_dequantize,
+        out_features=shapes["out_features"],
+        in_features=cols,
+        group=group,
+        dtype=str(x.ty.dtype),
+        target=k.target,
+    )
     whole = relax.TensorType([shapes["out_features"], cols], x.ty.dtype)
     weight = k.bb.emit(relax.call_tir(kernel, [packed, scale], whole))
     return _tensor_core_linear(k, call, x, weight)

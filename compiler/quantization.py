@@ -108,5 +108,7 @@ def dequantize_q4(
 ) -> npt.NDArray[np.float32]:
     """The weight `[rows, cols]` that words `[rows, cols / 8]` and scales stand for."""
     nibbles = (packed[..., None] >> np.arange(0, 32, 4, dtype=np.uint32)) & np.uint32(15)
-    values = nibbles.reshape(packed.shape[0], -1).astype(np.float32) - 7
-    return values * np.repeat(scale.astype(np.float32), group, axis=1)
+    values: npt.NDArray[np.float32] = nibbles.reshape(len(packed), -1).astype(np.float32)
+    values -= 7
+    values *= np.repeat(scale.astype(np.float32), group, axis=1)
+    return values

@@ -15,7 +15,7 @@ from shardwright.runtime.artifact import FileEntry
 
 from shardwright.errors import BuildError
 
-_DTYPES = {
+_DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "float32": ("F32", np.dtype("<f4")),
     "float16": ("F16", np.dtype("<f2")),
     "uint32": ("U32", np.dtype("<u4")),

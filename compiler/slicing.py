@@ -95,9 +95,10 @@ def _columns(
 
 def take(values: Array, index: Index, dim: int) -> Array:
     """Elements `index` of `values` along `dim`, with zeros where the index is -1."""
-    lead = (slice(None),) * dim
     if len(index) and index[0] != PAD and (np.diff(index) == 1).all():
-        return values[(*lead, slice(int(index[0]), int(index[-1]) + 1))]
+        which = [slice(None)] * values.ndim
+        which[dim] = slice(int(index[0]), int(index[-1]) + 1)
+        return values[tuple(which)]
     out: Array = np.take(values, np.maximum(index, 0), axis=dim)
-    out[(*lead, index == PAD)] = 0
+    np.moveaxis(out, dim, 0)[index == PAD] = 0
     return out
