@@ -15,7 +15,7 @@ from typing import Any, overload
 
 from shardwright.runtime.artifact import Manifest, load_manifest, verify_file
 from shardwright.runtime.callback import ProgressCallback
-from shardwright.runtime.chat_template import Message
+from shardwright.runtime.chat_template import Message, check_messages
 from shardwright.runtime.sampling import SamplingParams
 from shardwright.runtime.session import Session
 from shardwright.runtime.text_stream import TextStream
@@ -164,6 +164,7 @@ class ChatModule:
         texts = [item for item in prompt if isinstance(item, str)]
         if not texts:
             messages = [item for item in prompt if not isinstance(item, str)]
+            check_messages(messages)
             return self._turn(messages, params, progress_callback)
         if len(texts) < len(prompt):
             raise InputError("prompts and messages are mixed; give a list of one of them")

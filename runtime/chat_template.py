@@ -24,6 +24,15 @@ Message: TypeAlias = Mapping[str, Any]
 """One turn: `role` ("system", "user" or "assistant") and `content`."""
 
 
+def check_messages(messages: Sequence[Any]) -> None:
+    """Raise InputError unless each message is a mapping with `role` and `content`."""
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise InputError(
+                f"message {index} is {message!r}; give {{'role': 'user', 'content': '...'}}"
+            )
+
+
 class _GenerationTag(jinja2.ext.Extension):
     """`{% generation %}` marks assistant text for training; here it is text as any other."""
 

@@ -242,6 +242,8 @@ def test_refusals_name_the_mend(artifact: Path) -> None:
         cm.generate([])
     with pytest.raises(InputError, match="mixed"):
         cm.generate(["a", {"role": "user", "content": "b"}])  # type: ignore[list-item]
+    with pytest.raises(InputError, match=r"message 1 is .*'content': '\.\.\.'"):
+        cm.generate([{"role": "user", "content": "a"}, {"role": "user"}])
     with pytest.raises(InputError, match="one answer"):
         cm.generate(["a", "b"], progress_callback=StreamToStdout())
     with pytest.raises(InputError, match="top_p is 7"):
