@@ -5,6 +5,7 @@ import ctypes
 import json
 import queue
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -86,8 +87,14 @@ class Controller:
         self._check_open()
         # Not to a dead worker: once its pipe is full, the write would never return.
         self._check()
-        self._sent += 1
-        self._call(str(self._directory), json.dumps({"op": op, **arguments}))
+        text = json.dumps({"op": op, **arguments})
+        # Ctrl-C may come before or after, but not while half of the command is written.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._sent += 1
+            self._call(str(self._directory), text)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def receive(self, kind: str, timeout: float | None = None) -> Any:
         """Wait for worker 0's next result, which is of this kind.

@@ -33,9 +33,10 @@ class WorkerProcesses:
 
         def create_pool(world: int, groups: int, entrypoint: str) -> Callable[[int], Any]:
             def start(rank: int) -> Any:
-                # Rank 0 is asked for when the session ends.
                 if rank == 0:
-                    return None
+                    # The last act of the session's destructor. Until then it writes to the pipes,
+                    # and a traceback may keep it alive beyond `close`.
+                    return self._close_descriptors()
                 return tvm_ffi.Shape(self._start(rank, world, groups, entrypoint))
 
             return start
@@ -94,14 +95,17 @@ class WorkerProcesses:
             process.kill()
 
     def close(self) -> None:
-        """Release processes and descriptors. Workers are ending, Disco's session is gone."""
+        """Wait for the workers, which are ending."""
         for process in self._processes.values():
             process.wait()
             if process.stdin is not None:
                 process.stdin.close()
+        self._processes = {}
+
+    def _close_descriptors(self) -> None:
         for descriptor in self._descriptors:
             os.close(descriptor)
-        self._processes, self._descriptors = {}, []
+        self._descriptors = []
 
     def _log(self, rank: int) -> Path:
         return self._directory / f"rank-{rank}.log"
