@@ -12,7 +12,7 @@ _PUBLIC = {
     "BuildOptions": "shardwright.compiler.build",
     "ChatModule": "shardwright.runtime.chat",
     "ChatConfig": "shardwright.runtime.chat",
-    "GenerationConfig": "shardwright.runtime.sampling",
+    "GenerationConfig": "shardwright.runtime.chat",
     "Session": "shardwright.runtime.session",
 }
 
