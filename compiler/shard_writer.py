@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from shardwright.runtime.artifact import FileEntry
 
 from shardwright.errors import BuildError
+from shardwright.runtime.artifact import FileEntry
 
 _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "float32": ("F32", np.dtype("<f4")),

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
 from shardwright.compiler.checkpoint import Checkpoint
 from shardwright.compiler.placement import PAD, Placement, Shard
-
 from shardwright.errors import ShardingError
 
 Array: TypeAlias = npt.NDArray[Any]

@@ -13,14 +13,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
 from shardwright.compiler.checkpoint import Checkpoint, listing
 from shardwright.compiler.placement import Partial, Placement, local_shape
 from shardwright.compiler.quantization import quantize_q4
 from shardwright.compiler.shard_writer import ShardWriter
 from shardwright.compiler.slicing import Read, reads
-from shardwright.runtime.artifact import FileEntry, shard_name
-
 from shardwright.errors import BuildError, CheckpointError, ShardingError
+from shardwright.runtime.artifact import FileEntry, shard_name
 
 Array: TypeAlias = npt.NDArray[Any]
 

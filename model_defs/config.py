@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardwright.errors import ConfigError
 from shardwright.model_defs.fields import Reader
 from shardwright.model_defs.rope import RopeScaling, inv_freq, read_rope
-
-from shardwright.errors import ConfigError
 
 __all__ = ["LlamaConfig", "RopeScaling", "inv_freq"]
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from shardwright.model_defs.fields import Reader
 
 from shardwright.errors import ConfigError
+from shardwright.model_defs.fields import Reader
 
 if TYPE_CHECKING:
     from shardwright.model_defs.config import LlamaConfig
@@ -216,7 +216,9 @@ def _yarn(
     ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     keep = 1 - np.clip(ramp, 0, 1)
     stretched = 1 / (np.float32(rope.factor) * wavelength)
-    return (stretched * (1 - keep) + (1 / wavelength) * keep).astype(np.float32)
+    blended = stretched * (1 - keep) + (1 / wavelength) * keep
+    result: npt.NDArray[np.float32] = blended.astype(np.float32)
+    return result
 
 
 def _yarn_scale(rope: RopeScaling) -> float:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import pytest
+
+from shardwright.errors import ArtifactError
 from shardwright.runtime.artifact import (
     SCHEMA,
     FileEntry,
@@ -23,8 +25,6 @@ from shardwright.runtime.artifact import (
     verify_file,
     write_manifest,
 )
-
-from shardwright.errors import ArtifactError
 
 
 def manifest(**changes):
@@ -139,7 +139,7 @@ def test_damaged_manifests(tmp_path, path, value, message):
 @pytest.mark.parametrize("text", ["", "{", "[]", "\xff\xfe", "nul"])
 def test_not_json(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text, encoding="latin-1")
-    with pytest.raises(ArtifactError, match="manifest.json: "):
+    with pytest.raises(ArtifactError, match=r"manifest\.json: "):
         load_manifest(tmp_path)
 
 

@@ -5,8 +5,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from shardwright.compiler.checkpoint import Checkpoint, listing, read_header
 
+from shardwright.compiler.checkpoint import Checkpoint, listing, read_header
 from shardwright.errors import CheckpointError
 
 RNG = np.random.default_rng(0)
@@ -128,13 +128,13 @@ def test_a_file_is_no_checkpoint(single):
 
 def test_config_is_missing_or_damaged(single):
     (single / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="config.json: not JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
         Checkpoint.open(single)
     (single / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="config.json: expected a JSON object"):
+    with pytest.raises(CheckpointError, match=r"config.json: expected a JSON object"):
         Checkpoint.open(single)
     (single / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="no config.json"):
+    with pytest.raises(CheckpointError, match=r"no config.json"):
         Checkpoint.open(single)
 
 
@@ -147,7 +147,7 @@ def test_pytorch_files_are_refused(tmp_path):
 
 def test_missing_shards_are_named(sharded):
     (sharded / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="missing model-00002-of-00002.safetensors"):
+    with pytest.raises(CheckpointError, match=r"missing model-00002-of-00002.safetensors"):
         Checkpoint.open(sharded)
 
 

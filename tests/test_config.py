@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from shardwright.model_defs.config import LlamaConfig, RopeScaling, inv_freq
 
 from shardwright.errors import ConfigError
+from shardwright.model_defs.config import LlamaConfig, RopeScaling, inv_freq
 
 # Values of transformers; UPDATE_GOLDEN=1 with the reference test below writes them anew.
 GOLDEN = Path(__file__).parent / "golden" / "rope.json"

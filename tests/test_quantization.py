@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
+
 from shardwright.compiler.quantization import (
     QUANTIZATIONS,
     dequantize_q4,
     quantization,
     quantize_q4,
 )
-
 from shardwright.errors import CheckpointError, UsageError
 
 
@@ -32,7 +32,7 @@ def test_registry():
     q4 = quantization("q4f16_1")
     assert (q4.dtype, q4.bits, q4.group) == ("float16", 4, 32)
     assert (quantization("q0f32").dtype, quantization("q0f32").bits) == ("float32", None)
-    with pytest.raises(UsageError, match="'q3f16'.*q0f16, q0f32, q4f16_1"):
+    with pytest.raises(UsageError, match=r"'q3f16'.*q0f16, q0f32, q4f16_1"):
         quantization("q3f16")
 
 
