@@ -226,18 +226,24 @@ def _q4_linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.E
 
 def _q4_embed(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     packed, scale, ids, *rank = args
+    rows, words = shape_of(packed)
+    n, features = shape_of(call)
     kernel = k.kernel(
         matmul.q4_take,
         tokens=_tokens(k, ids),
-        vocab_rows=shape_of(packed)[0],
-        features=shape_of(call)[1],
-        group=shape_of(packed)[1] * 8 // shape_of(scale)[1],
+        vocab_rows=rows,
+        features=words * 8,
+        group=words * 8 // shape_of(scale)[1],
         dtype=str(call.ty.dtype),
         target=k.target,
     )
     # A table that is not sharded starts at row 0, as rank 0's does.
     first = rank[0] if rank else relax.const([0], "int32")
-    return relax.call_tir(kernel, [packed, scale, ids, first], call.ty)
+    whole = relax.TensorType([n, words * 8], call.ty.dtype)
+    found = relax.call_tir(kernel, [packed, scale, ids, first], whole)
+    if features == words * 8:
+        return found
+    return relax.op.strided_slice(k.bb.emit(found), [1], [0], [features])
 
 
 def _embed(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:

@@ -103,7 +103,6 @@ class SamplingParams:
         ]
 
 
-GenerationConfig = SamplingParams
 
 
 def _signed(value: int) -> int:
