@@ -24,7 +24,7 @@ from shardwright.errors import UsageError
 from .common import SCHEDULED, extent, lanes_for, shuffle_xor, warp_size_of
 
 WARPS = 4  # of a block
-FULL_GPU = 264  # blocks that keep a large GPU busy: two for each of 132 multiprocessors
+FULL_GPU = 528  # blocks that keep a large GPU busy: four for each of 132 multiprocessors
 MAX_SPLITS = 64
 MAX_QUERIES = 8  # query heads whose sums fit into a thread's registers
 LOWEST = -1.0e30  # finite, so that the difference of two of them is 0 and not NaN
@@ -68,7 +68,10 @@ def tiling(*, group: int, head_dim: int, dtype: str, warp: int) -> Tiling:
     while lanes * width < head_dim:
         lanes *= 2
     parts = -(-group // MAX_QUERIES)
-    return Tiling(load, width, lanes, warp // lanes, 2, -(-group // parts), parts)
+    queries = -(-group // parts)
+    # More positions in flight, where the queries leave registers for them.
+    unroll = 4 if queries * width <= 32 else 2
+    return Tiling(load, width, lanes, warp // lanes, unroll, queries, parts)
 
 
 def num_splits(*, tokens: int, kv_heads: int, max_len: int) -> int:

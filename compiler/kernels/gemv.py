@@ -22,13 +22,13 @@ from .common import SCHEDULED, shuffle_xor
 
 WARP = 32
 WARPS = 8  # of a block
-FULL_GPU = 132 * 12  # warps that keep the memory of a large GPU busy
+FULL_GPU = 132 * 16  # warps that keep the memory of a large GPU busy
 SHARED_BYTES = 96 * 1024  # of x at a time; two blocks fit into a multiprocessor
 
 # 0x6400 is 1024 in half precision, whose last bits count ones: or-ing four bits into it makes
 # 1024 + nibble without a conversion. In the upper position they count sixteens.
 _UNPACK = """
-__device__ __forceinline__ void shardwright_q4_unpack(uint w, half s, half* out) {
+__device__ __forceinline__ void shardwright_q4_unpack(uint w, half s, uint* out) {
   half2* o = reinterpret_cast<half2*>(out);
   const half2 scale = __half2half2(s);
   const half2 low = __half2half2(__ushort_as_half(0x6407));     // 1031
@@ -46,15 +46,15 @@ __device__ __forceinline__ void shardwright_q4_unpack(uint w, half s, half* out)
 }
 """
 _FMA2 = """
-__device__ __forceinline__ void shardwright_fma2(const half* a, const half* b, half* acc) {
+__device__ __forceinline__ void shardwright_fma2(uint a, const half* b, half* acc) {
   half2* c = reinterpret_cast<half2*>(acc);
-  *c = __hfma2(*reinterpret_cast<const half2*>(a), *reinterpret_cast<const half2*>(b), *c);
+  *c = __hfma2(*reinterpret_cast<half2*>(&a), *reinterpret_cast<const half2*>(b), *c);
 }
 """
 
 
 def _unpack(word: Any, scale: Any, out: Any) -> Any:
-    """Eight elements of a word as fp16, in the order 0 4 1 5 2 6 3 7."""
+    """Eight elements of a word as four pairs of fp16: 0 4, 1 5, 2 6, 3 7."""
     return T.cuda.func_call("shardwright_q4_unpack", word, scale, out, source_code=_UNPACK)
 
 
@@ -72,18 +72,30 @@ class Plan:
     unroll: int
 
 
-def plan(*, batch: int, out_features: int, units: int) -> Plan:
-    """The plan for `batch` tokens and a weight of `out_features` rows of `units` units."""
-    rows = 4 if batch <= 4 else 2
-    while rows > 1 and out_features // rows * (units // WARP or 1) < FULL_GPU:
+def plan(*, batch: int, out_features: int, units: int, q4: bool) -> Plan:
+    """The plan for `batch` tokens and a weight of `out_features` rows of `units` units.
+
+    Measured on an H200. Unpacking keeps the arithmetic busy, so four-bit rows want fewer warps
+    each; a long x is staged more often the more blocks there are, so its blocks take more rows.
+    """
+    long = units >= (448 if q4 else 1280)
+    if batch > 4:
+        rows, unroll = 4, 1
+    elif long or (q4 and units >= 256 and out_features >= 16384):
+        rows, unroll = 4, 2 if q4 else 1
+    else:
+        rows, unroll = 2, 2
+    while rows > 1 and out_features // rows * WARPS < FULL_GPU:
         rows //= 2
-    split = 1
-    while split < WARPS and out_features // rows * split < FULL_GPU:
-        split *= 2
-    while split > 1 and split * WARP > units:
+    if rows == 4:
+        split = 4
+    else:
+        split = 1 if q4 else WARPS
+        while split < WARPS and out_features // rows * split < FULL_GPU:
+            split *= 2
+    while split > 1 and split * WARP * unroll > units:
         split //= 2
-    unroll = 2 if units >= 2 * split * WARP else 1
-    return Plan(rows, split, unroll)
+    return Plan(rows, split, unroll if units >= unroll * WARP else 1)
 
 
 def _gemv(
@@ -105,7 +117,7 @@ def _gemv(
     if q4 and group % 32:
         raise UsageError(f"four-bit groups of {group} have no GPU kernel; use a multiple of 32")
     units = in_features // unit
-    p = tuned or plan(batch=batch, out_features=out_features, units=units)
+    p = tuned or plan(batch=batch, out_features=out_features, units=units, q4=q4)
     rows, split, unroll = p.rows, p.split, p.unroll
     team = split * WARP  # threads that share rows
     teams = WARPS // split
@@ -115,6 +127,7 @@ def _gemv(
     chunk = min(-(-units // step) * step, max(limit, step))
     chunks = -(-units // chunk)
     pieces = unit // 8
+    per_unit = 4 if q4 else 8  # words or halves
     threads = WARPS * WARP
     blocks = -(-out_features // (teams * rows))
     small = batch * chunk * unit * 2 <= 40 * 1024
@@ -123,6 +136,35 @@ def _gemv(
     def wide(row: Any) -> Any:
         # The largest vocabularies have more elements than an int32 counts.
         return T.cast(row, "int64") if out_features * in_features >= 2**31 else row
+
+    def unit_of(it: Any, j: Any, tid: Any) -> Any:
+        """The unit of the chunk that a thread takes in step `it`."""
+        return it * step + tid // WARP % split * (WARP * unroll) + j * WARP + tid % WARP
+
+    def unit_read(first: Any, it: Any, j: Any, tid: Any) -> Any:
+        # Past the end x is zero, whatever weight is read.
+        return T.min(first + unit_of(it, j, tid), units - 1)
+
+    def row_read(row0: Any, r: Any) -> Any:
+        return wide(T.min(row0 + r, out_features - 1))
+
+    @T.inline
+    def read(source, registers, row0, first, it, tid):
+        """16 bytes of each row and each unit in flight; the first ones before x is staged."""
+        for j in T.unroll(unroll):
+            for r in T.unroll(rows):
+                for e in T.vectorized(per_unit):
+                    registers[(j * rows + r) * per_unit + e] = source[
+                        row_read(row0, r), unit_read(first, it, j, tid) * per_unit + e
+                    ]
+
+    @T.inline
+    def read_scales(scale, registers, row0, first, it, tid):
+        for j in T.unroll(unroll):
+            for r in T.unroll(rows):
+                registers[j * rows + r] = scale[
+                    row_read(row0, r), unit_read(first, it, j, tid) * 32 // group
+                ]
 
     @T.inline
     def stage(x, staged, eight, first, tid):
@@ -196,30 +238,21 @@ def _gemv(
                         for c in T.serial(chunks):
                             if c > 0:
                                 T.tvm_storage_sync("shared")
+                            read(w, weight, row0, c * chunk, 0, tid)
                             stage(x, staged, eight, c * chunk, tid)
                             T.tvm_storage_sync("shared")
                             for it in T.serial(chunk // step):
-                                base = T.meta_var(
-                                    it * step + tid // WARP % split * (WARP * unroll) + tid % WARP
-                                )
-                                for j in T.unroll(unroll):
-                                    for r in T.unroll(rows):
-                                        # Past the end x is zero, whatever weight is read.
-                                        u: T.let[T.int32] = T.min(
-                                            c * chunk + base + j * WARP, units - 1
-                                        )
-                                        row = T.meta_var(wide(T.min(row0 + r, out_features - 1)))
-                                        for e in T.vectorized(8):
-                                            weight[(j * rows + r) * 8 + e] = w[row, u * 8 + e]
                                 for j in T.unroll(unroll):
                                     for b in T.unroll(batch):
                                         for e in T.vectorized(8):
-                                            xs[e] = staged[b, 0, base + j * WARP, e]
+                                            xs[e] = staged[b, 0, unit_of(it, j, tid), e]
                                         for r in T.unroll(rows):
                                             for e in T.unroll(8):
                                                 acc[r * batch + b] = acc[r * batch + b] + T.cast(
                                                     weight[(j * rows + r) * 8 + e], "float32"
                                                 ) * T.cast(xs[e], "float32")
+                                if it + 1 < chunk // step:
+                                    read(w, weight, row0, c * chunk, it + 1, tid)
                         finish(acc, partial, out, row0, tid)
 
         return gemv
@@ -241,7 +274,7 @@ def _gemv(
                     eight = T.alloc_buffer((16,), "float16", scope="local")
                     words = T.alloc_buffer((unroll * rows * 4,), "uint32", scope="local")
                     scales = T.alloc_buffer((unroll * rows,), "float16", scope="local")
-                    weight = T.alloc_buffer((rows * 8,), "float16", scope="local")
+                    weight = T.alloc_buffer((rows * 4,), "uint32", scope="local")
                     xs = T.alloc_buffer((8,), "float16", scope="local")
                     pairs = T.alloc_buffer((rows * batch * 2,), "float16", scope="local")
                     acc = T.alloc_buffer((rows * batch,), "float32", scope="local")
@@ -251,21 +284,11 @@ def _gemv(
                     for c in T.serial(chunks):
                         if c > 0:
                             T.tvm_storage_sync("shared")
+                        read(packed, words, row0, c * chunk, 0, tid)
+                        read_scales(scale, scales, row0, c * chunk, 0, tid)
                         stage(x, staged, eight, c * chunk, tid)
                         T.tvm_storage_sync("shared")
                         for it in T.serial(chunk // step):
-                            base = T.meta_var(
-                                it * step + tid // WARP % split * (WARP * unroll) + tid % WARP
-                            )
-                            for j in T.unroll(unroll):
-                                for r in T.unroll(rows):
-                                    u: T.let[T.int32] = T.min(
-                                        c * chunk + base + j * WARP, units - 1
-                                    )
-                                    row = T.meta_var(wide(T.min(row0 + r, out_features - 1)))
-                                    for e in T.vectorized(4):
-                                        words[(j * rows + r) * 4 + e] = packed[row, u * 4 + e]
-                                    scales[j * rows + r] = scale[row, u * 32 // group]
                             for j in T.unroll(unroll):
                                 for i in T.unroll(rows * batch * 2):
                                     pairs[i] = T.float16(0)
@@ -275,17 +298,17 @@ def _gemv(
                                             _unpack(
                                                 words[(j * rows + r) * 4 + i],
                                                 scales[j * rows + r],
-                                                T.address_of(weight[r * 8]),
+                                                T.address_of(weight[r * 4]),
                                             )
                                         )
                                     for b in T.unroll(batch):
                                         for e in T.vectorized(8):
-                                            xs[e] = staged[b, i, base + j * WARP, e]
+                                            xs[e] = staged[b, i, unit_of(it, j, tid), e]
                                         for r in T.unroll(rows):
                                             for e in T.unroll(4):
                                                 T.evaluate(
                                                     _fma2(
-                                                        T.address_of(weight[r * 8 + e * 2]),
+                                                        weight[r * 4 + e],
                                                         T.address_of(xs[e * 2]),
                                                         T.address_of(pairs[(r * batch + b) * 2]),
                                                     )
@@ -297,6 +320,9 @@ def _gemv(
                                         + T.cast(pairs[i * 2], "float32")
                                         + T.cast(pairs[i * 2 + 1], "float32")
                                     )
+                            if it + 1 < chunk // step:
+                                read(packed, words, row0, c * chunk, it + 1, tid)
+                                read_scales(scale, scales, row0, c * chunk, it + 1, tid)
                     finish(acc, partial, out, row0, tid)
 
     return q4_gemv

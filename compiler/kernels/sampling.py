@@ -40,6 +40,8 @@ def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.
     warps = threads // warp
     # A CPU row is one serial sum; in float32 it would lose the small weights.
     mass_type = "float32" if gpu else "float64"
+    # LLVM code assumes that unsigned integers do not overflow, so there the hash has spare bits.
+    hash_type = "uint32" if gpu else "uint64"
     shared = "shared" if gpu else "local"
 
     @T.inline
@@ -93,20 +95,23 @@ def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.
         else:
             key = key + T.uint32(0x80000000)
 
+    def const(value: int) -> Any:
+        return tirx.const(value, hash_type)
+
     @T.inline
     def scramble(h):
-        # "lowbias32" by Chris Wellons, in 64 bits because unsigned overflow is undefined in TIR.
-        h = T.bitwise_xor(h, T.shift_right(h, T.uint64(16)))
-        h = T.bitwise_and(h * T.uint64(0x7FEB352D), T.uint64(MASK32))
-        h = T.bitwise_xor(h, T.shift_right(h, T.uint64(15)))
-        h = T.bitwise_and(h * T.uint64(0x846CA68B), T.uint64(MASK32))
-        h = T.bitwise_xor(h, T.shift_right(h, T.uint64(16)))
+        # "lowbias32" by Chris Wellons.
+        h = T.bitwise_xor(h, T.shift_right(h, const(16)))
+        h = T.bitwise_and(h * const(0x7FEB352D), const(MASK32))
+        h = T.bitwise_xor(h, T.shift_right(h, const(15)))
+        h = T.bitwise_and(h * const(0x846CA68B), const(MASK32))
+        h = T.bitwise_xor(h, T.shift_right(h, const(16)))
 
     @T.inline
     def word(h, value):
         # Absorb a 32-bit integer into the hash.
-        h = T.bitwise_xor(h, T.cast(T.reinterpret("uint32", value), "uint64"))
-        h = T.bitwise_and(h + T.uint64(0x9E3779B9), T.uint64(MASK32))
+        h = T.bitwise_xor(h, T.cast(T.reinterpret("uint32", value), hash_type))
+        h = T.bitwise_and(h + const(0x9E3779B9), const(MASK32))
         scramble(h)
 
     @T.inline
@@ -150,49 +155,62 @@ def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.
 
     @T.inline
     def top_k_threshold(threshold, r, tid, k, scores, scratch):
-        # The largest key that at least k scores reach.
-        for bit in T.serial(32):
-            candidate: T.let[T.uint32] = T.bitwise_or(
-                threshold, T.shift_left(T.uint32(1), T.cast(31 - bit, "uint32"))
-            )
-            count: T.int32 = 0
+        # The largest key that at least k scores reach, two bits a pass: the passes are bound by
+        # reading the scores.
+        counts = T.alloc_buffer((3,), "int32", scope="local")
+        for step in T.serial(16):
+            unit: T.let[T.uint32] = T.shift_left(T.uint32(1), T.cast(30 - 2 * step, "uint32"))
+            for c in T.unroll(3):
+                counts[c] = 0
             for i in T.serial((vocab + threads - 1 - tid) // threads):
                 key: T.uint32 = T.uint32(0)
                 float_key(key, scores[r, tid + i * threads])
-                if key >= candidate:
-                    count = count + 1
-            block_sum(count, scratch, tid)
-            if count >= k:
-                threshold = candidate
-
-    @T.inline
-    def mass_above(mass, threshold, r, tid, weights, scratch):
-        mass = T.cast(0, mass_type)
-        for i in T.serial((vocab + threads - 1 - tid) // threads):
-            w: T.let[T.float32] = weights[r, tid + i * threads]
-            if T.reinterpret("uint32", w) >= threshold:
-                mass = mass + T.cast(w, mass_type)
-        block_sum(mass, scratch, tid)
+                for c in T.unroll(3):
+                    if key >= T.bitwise_or(threshold, unit * T.cast(c + 1, "uint32")):
+                        counts[c] = counts[c] + 1
+            digit: T.uint32 = T.uint32(0)
+            for c in T.unroll(3):
+                count: T.int32 = counts[c]
+                block_sum(count, scratch, tid)
+                if count >= k:
+                    digit = T.cast(c + 1, "uint32")
+            threshold = T.bitwise_or(threshold, unit * digit)
 
     @T.inline
     def top_p_threshold(threshold, r, tid, top_p, weights, scratch):
         # The largest weight such that those that reach it hold top_p of the mass. Weights are in
         # [0, 1], so their bits are their order and the two highest bits are zero.
+        masses = T.alloc_buffer((3,), mass_type, scope="local")
         mass = T.local_scalar(mass_type)
-        mass_above(mass, T.uint32(0), r, tid, weights, scratch)
+        mass = T.cast(0, mass_type)
+        for i in T.serial((vocab + threads - 1 - tid) // threads):
+            mass = mass + T.cast(weights[r, tid + i * threads], mass_type)
+        block_sum(mass, scratch, tid)
         wanted = T.local_scalar(mass_type)
         wanted = mass * T.cast(top_p, mass_type)
-        for bit in T.serial(30):
-            candidate: T.let[T.uint32] = T.bitwise_or(
-                threshold, T.shift_left(T.uint32(1), T.cast(29 - bit, "uint32"))
-            )
-            mass_above(mass, candidate, r, tid, weights, scratch)
-            if mass >= wanted:
-                threshold = candidate
+        for step in T.serial(15):
+            unit: T.let[T.uint32] = T.shift_left(T.uint32(1), T.cast(28 - 2 * step, "uint32"))
+            for c in T.unroll(3):
+                masses[c] = T.cast(0, mass_type)
+            for i in T.serial((vocab + threads - 1 - tid) // threads):
+                w: T.let[T.float32] = weights[r, tid + i * threads]
+                for c in T.unroll(3):
+                    if T.reinterpret("uint32", w) >= T.bitwise_or(
+                        threshold, unit * T.cast(c + 1, "uint32")
+                    ):
+                        masses[c] = masses[c] + T.cast(w, mass_type)
+            digit: T.uint32 = T.uint32(0)
+            for c in T.unroll(3):
+                mass = masses[c]
+                block_sum(mass, scratch, tid)
+                if mass >= wanted:
+                    digit = T.cast(c + 1, "uint32")
+            threshold = T.bitwise_or(threshold, unit * digit)
 
     @T.inline
     def draw(winner, threshold, r, tid, position, sampling_i, weights, scratch, scratch_index):
-        seed: T.uint64 = T.uint64(0)
+        seed = T.local_scalar(hash_type)
+        seed = const(0)
         word(seed, sampling_i[r, 4])
         word(seed, sampling_i[r, 5])
         word(seed, position)
@@ -202,7 +220,8 @@ def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.
         for i in T.serial((vocab + threads - 1 - tid) // threads):
             w: T.let[T.float32] = weights[r, tid + i * threads]
             if w > T.float32(0) and T.reinterpret("uint32", w) >= threshold:
-                h: T.uint64 = seed
+                h = T.local_scalar(hash_type)
+                h = seed
                 word(h, tid + i * threads)
                 u: T.let[T.float32] = T.min(
                     (T.cast(T.cast(h, "uint32"), "float32") + T.float32(0.5)) * T.float32(2.0**-32),
