@@ -221,7 +221,8 @@ def partition_program(
     pipeline.dump(partitioned.mod, dump_ir, "1-partitioned")
 
     table = {
-        n: Weight(n, (Source(n, shapes[n], placements[n]),), scheme.dtype) for n in traced.param_axes
+        n: Weight(n, (Source(n, shapes[n], placements[n]),), scheme.dtype)
+        for n in traced.param_axes
     }
     weights = linear.Weights(table)
     mod = linear.name_linears(partitioned.mod)
@@ -338,7 +339,5 @@ def _copy_tokenizer(checkpoint: Checkpoint, out: Path) -> dict[str, artifact.Fil
 
 
 def _explanation(program: Program) -> str:
-    state = {
-        name: (s.shape, program.placements[name]) for name, s in program.traced.state.items()
-    }
+    state = {name: (s.shape, program.placements[name]) for name, s in program.traced.state.items()}
     return explain(program.mesh, program.weights.values(), state, program.partitioned)

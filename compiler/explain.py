@@ -21,7 +21,11 @@ def explain(
 ) -> str:
     """Placements of weights, state and values, and collectives with their bytes for each call."""
     axes = ", ".join(f"{a}={n}" for a, n in zip(mesh.axes, mesh.shape, strict=True))
-    lines = [f"DeviceMesh({axes})", "", "Weights (as in the checkpoint: global -> local, placement)"]
+    lines = [
+        f"DeviceMesh({axes})",
+        "",
+        "Weights (global -> local shape, placement)",
+    ]
     lines += _merged(
         f"  {s.name}  {_dims(s.shape)} -> {_dims(local_shape(s.shape, s.placement))}  {s.placement}"
         for w in weights

@@ -18,8 +18,6 @@ from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.rules import op_name, operands_of, shape_of
 from shardwright.compiler.weights import Weight
 
-Emit = Callable[[relax.Var, relax.Call], "relax.Expr | None"]
-
 
 @dataclass
 class Weights:
@@ -79,10 +77,7 @@ def join_linears(mod: tvm.IRModule, weights: Weights) -> tvm.IRModule:
             table[name] = weight
     weights.table = table
     return tvm.IRModule(
-        {
-            gv: _Joiner(func, groups, joined).run(gv.name_hint)
-            for gv, func in mod.functions_items()
-        }
+        {gv: _Joiner(func, groups, joined).run(gv.name_hint) for gv, func in mod.functions_items()}
     )
 
 
@@ -229,9 +224,9 @@ class _Joiner(Rewriter):
                 return [self.joined_vars[name]]
             return [] if name in self.first else None
 
-        super().__init__(func, type(self)._join, split)
+        super().__init__(func, lambda _rw, _var, call: self._join(call), split)
 
-    def _join(self, _var: relax.Var, call: relax.Call) -> relax.Expr | None:
+    def _join(self, call: relax.Call) -> relax.Expr | None:
         if op_name(call) != "shardwright.linear":
             return None
         x, weight = operands_of(call)
@@ -253,10 +248,7 @@ def _rewrite_module(
     split: Callable[[relax.Var], list[relax.Var] | None] = lambda _: None,
 ) -> tvm.IRModule:
     return tvm.IRModule(
-        {
-            gv: Rewriter(func, rewrite, split).run(gv.name_hint)
-            for gv, func in mod.functions_items()
-        }
+        {gv: Rewriter(func, rewrite, split).run(gv.name_hint) for gv, func in mod.functions_items()}
     )
 
 

@@ -267,8 +267,11 @@ def _take(k: _Kernels, _call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     """Slices along dimension 0 by indices that are known to be in range."""
 
     def pick(data: te.Tensor, ids: te.Tensor) -> te.Tensor:
-        shape = (ids.shape[0], *data.shape[1:])
-        return te.compute(shape, lambda i, *rest: data[(ids[i], *rest)], name="take")
+        def element(i: Any, *rest: Any) -> Any:
+            index = (ids[i], *rest)
+            return data[index]
+
+        return te.compute((ids.shape[0], *data.shape[1:]), element, name="take")
 
     return k.bb.call_te(pick, *args, primfunc_name_hint="take")
 

@@ -32,7 +32,7 @@ class Collective:
     def bytes(self) -> int:
         """Bytes of the whole value, symbolic dimensions counted as 1."""
         count = int(np.prod([d if isinstance(d, int) else 1 for d in self.shape], dtype=np.int64))
-        return count * tvm.DataType(self.dtype).bits // 8
+        return count * int(tvm.DataType(self.dtype).bits) // 8
 
 
 @dataclass

@@ -136,9 +136,7 @@ def head_tables(heads: int, kv_heads: int, ranks: int) -> tuple[Table, Table]:
             per_rank = kv_heads // ranks
         owned = [list(range(bounds[r], bounds[r + 1])) for r in range(ranks)]
         kv = [row + [PAD] * (per_rank - len(row)) for row in owned]
-        q = [
-            [PAD if b == PAD else b * group + j for b in row for j in range(group)] for row in kv
-        ]
+        q = [[PAD if b == PAD else b * group + j for b in row for j in range(group)] for row in kv]
         return tuple(map(tuple, q)), tuple(map(tuple, kv))
     owner = [r * kv_heads // ranks for r in range(ranks)]
     runs = [[r for r in range(ranks) if owner[r] == head] for head in range(kv_heads)]

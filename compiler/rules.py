@@ -32,9 +32,9 @@ class Rule:
     """Factors of each dimension of each operand and result.
 
     `sizes` gives the length of the minor factors of grouped dimensions, `sums` the factors that are
-    summed over. `linear` says when Partial operands make a Partial result: "one" if a single operand
-    is Partial and the others are whole (scaling, reshaping), "all" if all are (addition), "no" if
-    never. `check` may refuse the cuts of the factors.
+    summed over. `linear` says when Partial operands make a Partial result: "one" if a single
+    operand is Partial and the others are whole (scaling, reshaping), "all" if all are (addition),
+    "no" if never. `check` may refuse the cuts of the factors.
     """
 
     operands: tuple[Term, ...]
@@ -161,11 +161,13 @@ def _reshape_run(
         for side, dims in zip(terms, (source, target), strict=True):
             side.extend((f"{name.upper()}_{k}",) for k in range(len(dims)))
         return
-    many, side = (source, 0) if len(source) > 1 else (target, 1)
+    splits = len(target) > 1
+    many = target if splits else source
     minors = [f"{name.upper()}_{k}" for k in range(1, len(many))]
     sizes.update(zip(minors, (int(d) for d in many[1:]), strict=True))
-    terms[side].extend([(name,), *[(m,) for m in minors]])
-    terms[1 - side].append((name, *minors))
+    apart, together = (terms[1], terms[0]) if splits else terms
+    apart.extend([(name,), *[(m,) for m in minors]])
+    together.append((name, *minors))
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -51,7 +51,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """A tensor that lives on the device across calls; `axes` name dimensions that may be sharded."""
+    """A tensor that lives on the device across calls; `axes` are logical names, as of weights."""
 
     name: str
     shape: tuple[int, ...]
@@ -131,9 +131,7 @@ def _decode(
     lengths = op.add(positions, nn.Tensor.from_scalar(1, "int32"))
     hidden = net.forward(tokens, lengths, cache)
     logits = _store_logits(net.logits(hidden), positions, logits)
-    sampled = _sample(
-        net, logits, scores, tokens, positions, history, sampling_f, sampling_i, eos
-    )
+    sampled = _sample(net, logits, scores, tokens, positions, history, sampling_f, sampling_i, eos)
     return cache.k_pages, cache.v_pages, logits, *sampled
 
 

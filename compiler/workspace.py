@@ -39,9 +39,7 @@ class PlanWorkspace:
             for gv, func in functions.items()
         }
         count = max(map(len, storages.values()), default=0)
-        self.sizes = [
-            max(s[i][1] for s in storages.values() if i < len(s)) for i in range(count)
-        ]
+        self.sizes = [max(s[i][1] for s in storages.values() if i < len(s)) for i in range(count)]
         for gv, func in functions.items():
             places = {var: i for i, (var, _) in enumerate(storages[gv])}
             mod.update_func(gv, _with_workspace(func, places, count))
@@ -97,9 +95,7 @@ def _allocator(sizes: list[int]) -> relax.Function:
     bb = relax.BlockBuilder()
     with bb.function("workspace", []):
         storages = [
-            bb.emit(
-                relax.op.memory.alloc_storage(relax.ShapeExpr([size]), 0, "global", "uint8")
-            )
+            bb.emit(relax.op.memory.alloc_storage(relax.ShapeExpr([size]), 0, "global", "uint8"))
             for size in sizes
         ]
         bb.emit_func_output(relax.Tuple(storages))

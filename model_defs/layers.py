@@ -104,14 +104,16 @@ class Cache:
     rows: nn.Tensor
     positions: nn.Tensor
 
+    def _where(self) -> tuple[nn.Tensor, ...]:
+        return self.page_table, self.rows, self.positions
+
     def append(
         self, q: nn.Tensor, k: nn.Tensor, v: nn.Tensor, rotary: nn.Tensor, layer: int
     ) -> nn.Tensor:
         """Rotate q [n, heads, head_dim] and k, store k and v [n, kv_heads, head_dim]; rotated q."""
         out, self.k_pages, self.v_pages = abstract(
             "rotary_append",
-            [q, k, v, rotary, self.k_pages, self.v_pages]
-            + [self.page_table, self.rows, self.positions, layer],
+            [q, k, v, rotary, self.k_pages, self.v_pages, *self._where(), layer],
             like=[q, self.k_pages, self.v_pages],
         )
         return out
@@ -120,8 +122,7 @@ class Cache:
         """Causal attention of q [n, heads, head_dim] over the cache; same shape."""
         (out,) = abstract(
             "attention",
-            [q, self.k_pages, self.v_pages, self.page_table, self.rows, self.positions]
-            + [layer, scale],
+            [q, self.k_pages, self.v_pages, *self._where(), layer, scale],
             like=[q],
         )
         return out

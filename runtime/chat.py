@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
 
+from shardwright.errors import InputError, UsageError
 from shardwright.runtime.artifact import Manifest, load_manifest, verify_file
 from shardwright.runtime.callback import ProgressCallback
 from shardwright.runtime.chat_template import Message, check_messages
@@ -20,8 +21,6 @@ from shardwright.runtime.sampling import SamplingParams
 from shardwright.runtime.session import Session
 from shardwright.runtime.text_stream import TextStream
 from shardwright.runtime.tokenizer import Tokenizer, read_json
-
-from shardwright.errors import InputError, UsageError
 
 _TEXT_FILES = (
     "tokenizer.json",

@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from shardwright.runtime.native import load_native
-
 from shardwright.errors import DeviceError, WorkerError
+from shardwright.runtime.native import load_native
 
 SLOT_BYTES = 256 << 10
 """Shared memory of one rank's slot; larger tensors go in several chunks."""

@@ -13,15 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from shardwright import errors
+from shardwright.errors import ArtifactError, WorkerError
 from shardwright.runtime import tvm_runtime
 from shardwright.runtime.artifact import Manifest
 from shardwright.runtime.collectives import create_segment
 from shardwright.runtime.device import POLL_SECONDS, Pending
 from shardwright.runtime.processes import WorkerProcesses
 from shardwright.runtime.worker import CALL, Results, add_worker, register, remove_worker
-
-from shardwright import errors
-from shardwright.errors import ArtifactError, WorkerError
 
 _CHECK_SECONDS = 0.05
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from shardwright.runtime.collectives import AbortedError
 from shardwright.runtime.cudart import call, check, cudart, done
 from shardwright.runtime.device import POLL_SECONDS, Pending

@@ -3,9 +3,8 @@
 import ctypes
 from typing import Any
 
-from shardwright.runtime.tvm_runtime import load_cuda_library
-
 from shardwright.errors import WorkerError
+from shardwright.runtime.tvm_runtime import load_cuda_library
 
 
 def cudart() -> ctypes.CDLL:

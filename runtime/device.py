@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from shardwright.runtime.artifact import Manifest
-from shardwright.runtime.cudart import call, check, cudart
 
 from shardwright.errors import DeviceError
+from shardwright.runtime.artifact import Manifest
+from shardwright.runtime.cudart import call, check, cudart
 
 POLL_SECONDS = 50e-6
 

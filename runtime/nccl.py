@@ -6,10 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from shardwright.errors import WorkerError
 from shardwright.runtime.collectives import AbortedError
 from shardwright.runtime.tvm_runtime import load_cuda_library
-
-from shardwright.errors import WorkerError
 
 
 class _UniqueId(ctypes.Structure):

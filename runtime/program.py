@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from shardwright.runtime.artifact import Manifest, TensorSpec, shard_name, verify_file
-from shardwright.runtime.device import Device
 
 from shardwright.errors import ArtifactError
+from shardwright.runtime.artifact import Manifest, TensorSpec, shard_name, verify_file
+from shardwright.runtime.device import Device
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""

@@ -4,10 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardwright.errors import InputError
 from shardwright.runtime.artifact import Manifest
 from shardwright.runtime.sampling import MAX_EOS, SamplingParams
-
-from shardwright.errors import InputError
 
 Tokens = Sequence[int]
 

@@ -103,8 +103,6 @@ class SamplingParams:
         ]
 
 
-
-
 def _signed(value: int) -> int:
     value &= (1 << 32) - 1
     return value - (1 << 32) if value >= 1 << 31 else value

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from shardwright.errors import InputError, UsageError
 from shardwright.runtime import tvm_runtime
 from shardwright.runtime.artifact import load_manifest
 from shardwright.runtime.controller import Controller, check_manifest
@@ -24,8 +26,6 @@ from shardwright.runtime.rows import (
     sampling_state,
 )
 from shardwright.runtime.sampling import SamplingParams
-
-from shardwright.errors import InputError, UsageError
 
 
 class Session:

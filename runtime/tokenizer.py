@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from shardwright.runtime.chat_template import ChatTemplate, Message
 
 from shardwright.errors import ArtifactError
+from shardwright.runtime.chat_template import ChatTemplate, Message
 
 _TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
 

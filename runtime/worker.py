@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from shardwright import errors
 from shardwright.runtime import tvm_runtime
 from shardwright.runtime.artifact import Manifest, load_manifest
 from shardwright.runtime.collectives import (
@@ -32,8 +34,6 @@ from shardwright.runtime.device import CpuDevice, Device
 from shardwright.runtime.nccl import NcclCollectives
 from shardwright.runtime.program import Program
 from shardwright.runtime.rows import Piece
-
-from shardwright import errors
 
 CALL = "shardwright.worker.call"
 CUDA_VARIABLE = "SHARDWRIGHT_WORKER_CUDA"

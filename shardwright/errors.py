@@ -5,7 +5,7 @@ Every folder may import this module; it imports nothing.
 
 
 class ShardwrightError(Exception):
-    """Base of all errors raised on purpose; the command line prints the message and exits with 1."""
+    """Base of all errors raised on purpose; the command line prints the message alone."""
 
     exit_code = 1
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import tvm
 from safetensors.numpy import save_file
-from shardwright.runtime import artifact
 from tvm import relax
 from tvm.script import tirx as T
+
+from shardwright.runtime import artifact
 
 VOCAB, BATCH, LENGTH, PAGE, CHUNK = 101, 4, 48, 4, 8
 PAGES = LENGTH // PAGE

@@ -8,6 +8,10 @@ from typing import Any, ClassVar
 
 import pytest
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from shardwright.callback import StreamIterator, StreamToStdout
+from shardwright.errors import ArtifactError, InputError, UsageError
 from shardwright.runtime import chat
 from shardwright.runtime.artifact import (
     Limits,
@@ -20,10 +24,6 @@ from shardwright.runtime.artifact import (
 )
 from shardwright.runtime.chat import ChatConfig, ChatModule, GenerationConfig
 from shardwright.runtime.sampling import SamplingParams
-from tokenizers import decoders, models, pre_tokenizers, trainers
-
-from shardwright.callback import StreamIterator, StreamToStdout
-from shardwright.errors import ArtifactError, InputError, UsageError
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m.role[0] + '>' + m.content + eos_token }}{% endfor %}<a>"

@@ -10,11 +10,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from shardwright.runtime import artifact as artifacts
-from shardwright.runtime import chat
 
 from shardwright import cli, console
 from shardwright.errors import CheckpointError, WorkerError
+from shardwright.runtime import artifact as artifacts
+from shardwright.runtime import chat
 
 Captured = pytest.CaptureFixture[str]
 
@@ -69,7 +69,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 class FakeChat:
     """Answers a prompt with its upper case; "fail" with an error."""
 
-    instances: list["FakeChat"] = []  # noqa: RUF012
+    instances: list["FakeChat"] = []
 
     def __init__(self, model: Path, chat_config: Any, progress: Any) -> None:
         progress(5, 10)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from fake_artifact import LENGTH
+
+from shardwright.errors import ArtifactError, DeviceError, InputError, WorkerError
 from shardwright.runtime import device
 from shardwright.runtime.sampling import SamplingParams
 from shardwright.runtime.session import Session
-
-from shardwright.errors import ArtifactError, DeviceError, InputError, WorkerError
 
 Fake = Callable[[int], Path]
 

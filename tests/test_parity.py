@@ -80,7 +80,9 @@ def test_builds_are_repeatable(tmp_path: Path):
     for folder in folders:
         folder.mkdir()
     shards = [
-        sorted((built(CASES["head-dim-gqa"], 2, folder, quantization="q4f16_1") / "shards").iterdir())
+        sorted(
+            (built(CASES["head-dim-gqa"], 2, folder, quantization="q4f16_1") / "shards").iterdir()
+        )
         for folder in folders
     ]
     for a, b in zip(*shards, strict=True):

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tvm.runtime import tensor
+
+from shardwright.errors import BuildError, DeviceError, WorkerError
 from shardwright.runtime import collectives, native, tvm_runtime
 from shardwright.runtime.collectives import (
     SLOT_BYTES,
@@ -13,9 +16,6 @@ from shardwright.runtime.collectives import (
     activate,
     create_segment,
 )
-from tvm.runtime import tensor
-
-from shardwright.errors import BuildError, DeviceError, WorkerError
 
 # One element; less than a slot; several slots and a rest.
 SIZES = [1, 1000, SLOT_BYTES + 333]

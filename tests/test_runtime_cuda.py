@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import tvm_ffi
 from fake_artifact import LENGTH, expected_tokens
+from tvm.runtime import tensor
+
+from shardwright.errors import WorkerError
 from shardwright.runtime import cuda_device, nccl
 from shardwright.runtime.collectives import AbortedError
 from shardwright.runtime.cuda_device import CudaDevice
 from shardwright.runtime.native import load_native
 from shardwright.runtime.sampling import SamplingParams
 from shardwright.runtime.session import Session
-from tvm.runtime import tensor
-
-from shardwright.errors import WorkerError
 
 CUDART = """
 #include <cstdlib>

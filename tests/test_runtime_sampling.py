@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from shardwright.runtime.sampling import SamplingParams
 
 from shardwright.errors import InputError
+from shardwright.runtime.sampling import SamplingParams
 
 
 @pytest.mark.parametrize(

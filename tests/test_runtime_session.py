@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_artifact import BATCH, EOS, LENGTH, VOCAB, expected_logits, expected_tokens
-from shardwright.runtime.sampling import SamplingParams
-from shardwright.runtime.session import Session
 
 from shardwright.errors import InputError, UsageError, WorkerError
+from shardwright.runtime.sampling import SamplingParams
+from shardwright.runtime.session import Session
 
 Fake = Callable[[int], Path]
 

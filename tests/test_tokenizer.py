@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from shardwright.runtime.chat_template import ChatTemplate
-from shardwright.runtime.text_stream import StopMatcher, StreamDecoder, TextStream
-from shardwright.runtime.tokenizer import Tokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from shardwright.errors import ArtifactError, ConfigError, InputError
+from shardwright.runtime.chat_template import ChatTemplate
+from shardwright.runtime.text_stream import StopMatcher, StreamDecoder, TextStream
+from shardwright.runtime.tokenizer import Tokenizer
 
 TEMPLATE = """\
 {{ bos_token }}
