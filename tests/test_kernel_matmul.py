@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tvm
+
 from shardwright.compiler.kernels import matmul
 
 

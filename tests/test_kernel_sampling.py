@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tvm
+
 from shardwright.compiler.kernels import sampling
 
 VOCAB, MAX_LEN = 37, 24

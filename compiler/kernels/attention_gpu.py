@@ -24,7 +24,7 @@ from shardwright.errors import UsageError
 from .common import SCHEDULED, extent, lanes_for, shuffle_xor, warp_size_of
 
 WARPS = 4  # of a block
-FULL_GPU = 528  # blocks that keep a large GPU busy: four for each of 132 multiprocessors
+FULL_GPU = 396  # blocks that keep a large GPU busy: three for each of 132 multiprocessors
 MAX_SPLITS = 64
 MAX_QUERIES = 8  # query heads whose sums fit into a thread's registers
 LOWEST = -1.0e30  # finite, so that the difference of two of them is 0 and not NaN
@@ -405,10 +405,12 @@ def attention_combine(
                         mass: T.float32 = T.float32(0)
                         value: T.float32 = T.float32(0)
                         for s in T.serial(splits):
-                            if stats[s, t, h, 1] > T.float32(0):
-                                weight: T.let[T.float32] = T.exp2(stats[s, t, h, 0] - above)
-                                mass = mass + weight * stats[s, t, h, 1]
-                                value = value + weight * sums[s, t, h, d]
+                            weight: T.let[T.float32] = T.exp2(stats[s, t, h, 0] - above)
+                            mass = mass + weight * stats[s, t, h, 1]
+                            # The sums of pieces without mass are not written.
+                            value = value + weight * T.if_then_else(
+                                stats[s, t, h, 1] > T.float32(0), sums[s, t, h, d], T.float32(0)
+                            )
                         if mass == T.float32(0):
                             mass = T.float32(1)
                         out[t, h, d] = T.cast(value / mass, dtype)

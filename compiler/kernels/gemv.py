@@ -22,7 +22,7 @@ from .common import SCHEDULED, shuffle_xor
 
 WARP = 32
 WARPS = 8  # of a block
-FULL_GPU = 132 * 16  # warps that keep the memory of a large GPU busy
+FULL_GPU = 132 * 15  # warps that keep the memory of a large GPU busy
 SHARED_BYTES = 96 * 1024  # of x at a time; two blocks fit into a multiprocessor
 
 # 0x6400 is 1024 in half precision, whose last bits count ones: or-ing four bits into it makes
@@ -75,27 +75,37 @@ class Plan:
 def plan(*, batch: int, out_features: int, units: int, q4: bool) -> Plan:
     """The plan for `batch` tokens and a weight of `out_features` rows of `units` units.
 
-    Measured on an H200. Unpacking keeps the arithmetic busy, so four-bit rows want fewer warps
-    each; a long x is staged more often the more blocks there are, so its blocks take more rows.
+    The tables are the fastest of those measured on an H200 (`scripts/gpu_kernel_checks.py`).
     """
-    long = units >= (448 if q4 else 1280)
-    if batch > 4:
-        rows, unroll = 4, 1
-    elif long or (q4 and units >= 256 and out_features >= 16384):
-        rows, unroll = 4, 2 if q4 else 1
+    if q4:
+        rows, split, unroll = _q4_plan(batch, out_features, units)
     else:
-        rows, unroll = 2, 2
+        long = units > 1024
+        rows, split, unroll = {
+            1: (4, 4, 2) if long else (2, WARPS, 2),
+            2: (4, 4, 2),
+            3: (4, 4, 1) if long else (2, 2, 2),
+            4: (4, 4, 1) if long else (2, 2, 2),
+        }.get(batch, (4, 2, 1))
     while rows > 1 and out_features // rows * WARPS < FULL_GPU:
         rows //= 2
-    if rows == 4:
-        split = 4
-    else:
-        split = 1 if q4 else WARPS
-        while split < WARPS and out_features // rows * split < FULL_GPU:
-            split *= 2
+    while split < WARPS and out_features // rows * split < FULL_GPU:
+        split *= 2
     while split > 1 and split * WARP * unroll > units:
         split //= 2
     return Plan(rows, split, unroll if units >= unroll * WARP else 1)
+
+
+def _q4_plan(batch: int, out_features: int, units: int) -> tuple[int, int, int]:
+    if batch > 4:
+        return 8, 2, 1
+    if units < 256:
+        return 2, 1, 2
+    if batch > 1:
+        return 4, 4, 2
+    if units < 448:
+        return (4, 4, 2) if out_features >= 8192 else (2, 2, 2)
+    return (4, 1, 2) if out_features >= 8192 else (2, 1, 2)
 
 
 def _gemv(
@@ -204,7 +214,7 @@ def _gemv(
                 for i in T.unroll(rows * batch):
                     partial[tid // WARP, i] = acc[i]
             T.tvm_storage_sync("shared")
-            # A team has at least 64 threads, and at most 32 sums.
+            # A team has at least 64 threads, and at most 64 sums.
             j: T.let[T.int32] = tid % team
             if j < rows * batch:
                 total: T.float32 = T.float32(0)

@@ -19,6 +19,7 @@ from .common import SCHEDULED, extent, for_blocks, for_threads, is_gpu, shuffle_
 
 LOWEST = -3.0e38  # logits are clamped to finite numbers at this; NaN and below become -infinity
 MASK32 = 0xFFFFFFFF
+BATCH = 8  # scores that a thread reads at once
 
 
 def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.PrimFunc:
@@ -38,6 +39,7 @@ def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.
     warp = warp_size_of(target)
     threads = 1024 if gpu else 1
     warps = threads // warp
+    batches = -(-vocab // (BATCH * threads))
     # A CPU row is one serial sum; in float32 it would lose the small weights.
     mass_type = "float32" if gpu else "float64"
     # LLVM code assumes that unsigned integers do not overflow, so there the hash has spare bits.
@@ -61,6 +63,15 @@ def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.
             value = scratch[tid % warps]
             for s in T.unroll(warps.bit_length() - 1):
                 value = value + shuffle_xor(value, T.shift_right(warps // 2, s), warp)
+
+    @T.inline
+    def read(values, source, r, i, tid, fill):
+        # Independent loads, so that their latencies overlap; `fill` past the end of the row.
+        for u in T.unroll(BATCH):
+            if i * (BATCH * threads) + u * threads + tid < vocab:
+                values[u] = source[r, i * (BATCH * threads) + u * threads + tid]
+            else:
+                values[u] = fill
 
     @T.inline
     def keep_larger(best, index, other, other_index):
@@ -110,17 +121,22 @@ def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.
     @T.inline
     def word(h, value):
         # Absorb a 32-bit integer into the hash.
-        h = T.bitwise_xor(h, T.cast(T.reinterpret("uint32", value), hash_type))
+        h = T.bitwise_xor(h, T.cast(T.cast(value, "uint32"), hash_type))
         h = T.bitwise_and(h + const(0x9E3779B9), const(MASK32))
         scramble(h)
 
     @T.inline
     def filter_tokens(r, tid, position, logits, scores, history, sampling_f, sampling_i, eos):
-        for i in T.serial((vocab + threads - 1 - tid) // threads):
-            x: T.let[T.float32] = logits[r, tid + i * threads]
-            scores[r, tid + i * threads] = T.if_then_else(
-                x >= T.float32(LOWEST), T.min(x, T.float32(-LOWEST)), -T.infinity("float32")
-            )
+        values = T.alloc_buffer((BATCH,), "float32", scope="local")
+        for i in T.serial(batches):
+            read(values, logits, r, i, tid, T.float32(0))
+            for u in T.unroll(BATCH):
+                if i * (BATCH * threads) + u * threads + tid < vocab:
+                    scores[r, i * (BATCH * threads) + u * threads + tid] = T.if_then_else(
+                        values[u] >= T.float32(LOWEST),
+                        T.min(values[u], T.float32(-LOWEST)),
+                        -T.infinity("float32"),
+                    )
         barrier()
         penalty: T.let[T.float32] = sampling_f[r, 2]
         if penalty != T.float32(1):
@@ -158,16 +174,20 @@ def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.
         # The largest key that at least k scores reach, two bits a pass: the passes are bound by
         # reading the scores.
         counts = T.alloc_buffer((3,), "int32", scope="local")
+        values = T.alloc_buffer((BATCH,), "float32", scope="local")
         for step in T.serial(16):
             unit: T.let[T.uint32] = T.shift_left(T.uint32(1), T.cast(30 - 2 * step, "uint32"))
             for c in T.unroll(3):
                 counts[c] = 0
-            for i in T.serial((vocab + threads - 1 - tid) // threads):
-                key: T.uint32 = T.uint32(0)
-                float_key(key, scores[r, tid + i * threads])
-                for c in T.unroll(3):
-                    if key >= T.bitwise_or(threshold, unit * T.cast(c + 1, "uint32")):
-                        counts[c] = counts[c] + 1
+            for i in T.serial(batches):
+                # Minus infinity is never chosen, so it does no harm to count what is past the end.
+                read(values, scores, r, i, tid, -T.infinity("float32"))
+                for u in T.unroll(BATCH):
+                    key: T.uint32 = T.uint32(0)
+                    float_key(key, values[u])
+                    for c in T.unroll(3):
+                        if key >= T.bitwise_or(threshold, unit * T.cast(c + 1, "uint32")):
+                            counts[c] = counts[c] + 1
             digit: T.uint32 = T.uint32(0)
             for c in T.unroll(3):
                 count: T.int32 = counts[c]
@@ -181,10 +201,13 @@ def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.
         # The largest weight such that those that reach it hold top_p of the mass. Weights are in
         # [0, 1], so their bits are their order and the two highest bits are zero.
         masses = T.alloc_buffer((3,), mass_type, scope="local")
+        values = T.alloc_buffer((BATCH,), "float32", scope="local")
         mass = T.local_scalar(mass_type)
         mass = T.cast(0, mass_type)
-        for i in T.serial((vocab + threads - 1 - tid) // threads):
-            mass = mass + T.cast(weights[r, tid + i * threads], mass_type)
+        for i in T.serial(batches):
+            read(values, weights, r, i, tid, T.float32(0))
+            for u in T.unroll(BATCH):
+                mass = mass + T.cast(values[u], mass_type)
         block_sum(mass, scratch, tid)
         wanted = T.local_scalar(mass_type)
         wanted = mass * T.cast(top_p, mass_type)
@@ -192,13 +215,14 @@ def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.
             unit: T.let[T.uint32] = T.shift_left(T.uint32(1), T.cast(28 - 2 * step, "uint32"))
             for c in T.unroll(3):
                 masses[c] = T.cast(0, mass_type)
-            for i in T.serial((vocab + threads - 1 - tid) // threads):
-                w: T.let[T.float32] = weights[r, tid + i * threads]
-                for c in T.unroll(3):
-                    if T.reinterpret("uint32", w) >= T.bitwise_or(
-                        threshold, unit * T.cast(c + 1, "uint32")
-                    ):
-                        masses[c] = masses[c] + T.cast(w, mass_type)
+            for i in T.serial(batches):
+                read(values, weights, r, i, tid, T.float32(0))
+                for u in T.unroll(BATCH):
+                    for c in T.unroll(3):
+                        if T.reinterpret("uint32", values[u]) >= T.bitwise_or(
+                            threshold, unit * T.cast(c + 1, "uint32")
+                        ):
+                            masses[c] = masses[c] + T.cast(values[u], mass_type)
             digit: T.uint32 = T.uint32(0)
             for c in T.unroll(3):
                 mass = masses[c]
@@ -217,24 +241,31 @@ def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.
         # The earliest ring of all clocks, as the largest of minus the time.
         best: T.float32 = -T.infinity("float32")
         index: T.int32 = winner
-        for i in T.serial((vocab + threads - 1 - tid) // threads):
-            w: T.let[T.float32] = weights[r, tid + i * threads]
-            if w > T.float32(0) and T.reinterpret("uint32", w) >= threshold:
-                h = T.local_scalar(hash_type)
-                h = seed
-                word(h, tid + i * threads)
-                u: T.let[T.float32] = T.min(
-                    (T.cast(T.cast(h, "uint32"), "float32") + T.float32(0.5)) * T.float32(2.0**-32),
-                    T.float32(1 - 2.0**-24),
-                )
-                # -log(1 - u), by its series where 1 - u would round: small times win, so they
-                # must be fine-grained.
-                time: T.let[T.float32] = T.if_then_else(
-                    u < T.float32(0.01),
-                    u * (T.float32(1) + u * (T.float32(0.5) + u * T.float32(1 / 3))),
-                    -T.log(T.float32(1) - u),
-                )
-                keep_larger(best, index, -time / w, tid + i * threads)
+        values = T.alloc_buffer((BATCH,), "float32", scope="local")
+        for i in T.serial(batches):
+            read(values, weights, r, i, tid, T.float32(0))
+            for j in T.unroll(BATCH):
+                if values[j] > T.float32(0) and T.reinterpret("uint32", values[j]) >= threshold:
+                    token = T.meta_var(i * (BATCH * threads) + j * threads + tid)
+                    h = T.local_scalar(hash_type)
+                    h = seed
+                    word(h, token)
+                    u: T.float32 = T.min(
+                        (T.cast(T.cast(h, "uint32"), "float32") + T.float32(0.5))
+                        * T.float32(2.0**-32),
+                        T.float32(1 - 2.0**-24),
+                    )
+                    # A time is at least u, so most tokens lose without a logarithm.
+                    if u <= -best * values[j] * T.float32(1.001):
+                        # -log(1 - u), by its series where 1 - u would round: small times win, so
+                        # they must be fine-grained.
+                        time: T.float32 = u * (
+                            T.float32(1) + u * (T.float32(0.5) + u * T.float32(1 / 3))
+                        )
+                        if u >= T.float32(0.01):
+                            time = -T.log(T.float32(1) - u)
+                        time = -time / values[j]
+                        keep_larger(best, index, time, token)
         block_argmax(best, index, scratch, scratch_index, tid)
         winner = index
 
@@ -272,10 +303,16 @@ def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.
                         )
                         highest: T.float32 = -T.infinity("float32")
                         winner: T.int32 = T.int32(0x7FFFFFFF)
-                        for i in T.serial((vocab + threads - 1 - tid) // threads):
-                            keep_larger(
-                                highest, winner, scores[r, tid + i * threads], tid + i * threads
-                            )
+                        values = T.alloc_buffer((BATCH,), "float32", scope="local")
+                        for i in T.serial(batches):
+                            read(values, scores, r, i, tid, -T.infinity("float32"))
+                            for u in T.unroll(BATCH):
+                                keep_larger(
+                                    highest,
+                                    winner,
+                                    values[u],
+                                    i * (BATCH * threads) + u * threads + tid,
+                                )
                         block_argmax(highest, winner, scratch, scratch_int, tid)
                         temperature: T.let[T.float32] = sampling_f[r, 0]
                         if temperature > T.float32(0) and highest >= T.float32(LOWEST):
@@ -283,15 +320,18 @@ def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.
                             top_k: T.let[T.int32] = sampling_i[r, 0]
                             if top_k > 0 and top_k < vocab:
                                 top_k_threshold(threshold, r, tid, top_k, scores, scratch_int)
-                            for i in T.serial((vocab + threads - 1 - tid) // threads):
-                                x: T.let[T.float32] = scores[r, tid + i * threads]
-                                key: T.uint32 = T.uint32(0)
-                                float_key(key, x)
-                                scores[r, tid + i * threads] = T.if_then_else(
-                                    key >= threshold,
-                                    T.exp((x - highest) / temperature),
-                                    T.float32(0),
-                                )
+                            for i in T.serial(batches):
+                                read(values, scores, r, i, tid, T.float32(0))
+                                for u in T.unroll(BATCH):
+                                    at = T.meta_var(i * (BATCH * threads) + u * threads + tid)
+                                    if at < vocab:
+                                        key: T.uint32 = T.uint32(0)
+                                        float_key(key, values[u])
+                                        scores[r, at] = T.if_then_else(
+                                            key >= threshold,
+                                            T.exp((values[u] - highest) / temperature),
+                                            T.float32(0),
+                                        )
                             threshold = T.uint32(0)
                             top_p: T.let[T.float32] = sampling_f[r, 1]
                             if top_p < T.float32(1):

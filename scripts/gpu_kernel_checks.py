@@ -1,0 +1,477 @@
+"""Check and time the CUDA kernels alone, without a model.
+
+    python scripts/gpu_kernel_checks.py build DIR     compiles (needs nvcc, no GPU)
+    python scripts/gpu_kernel_checks.py run DIR       checks against torch and times (needs a GPU)
+
+`build` writes `kernels.so`, with machine code for `--arch`, and `cases.json`. `run` needs TVM's
+runtime, torch and `DIR` alone. Times are of replayed CUDA graphs whose operands rotate past the L2
+cache; a product's bandwidth is its weight's bytes over its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+GEMV_SHAPES = {  # (out, in): Llama-3-8B, then Llama-2-70B on 1 and 4 GPUs, then an odd one
+    "8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)],
+    "70b": [(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)],
+    "70b/4": [(2560, 8192), (8192, 2048), (14336, 8192), (8192, 7168)],
+    "odd": [(1283, 96), (7, 11008)],
+}
+ATTENTION = [  # heads, kv_heads, head_dim, batch, contexts
+    (32, 8, 128, 1, [256]),
+    (32, 8, 128, 1, [4000]),
+    (64, 8, 128, 1, [256]),
+    (16, 2, 128, 1, [256]),
+    (16, 2, 128, 1, [4000]),
+    (32, 32, 128, 1, [1000]),
+    (32, 8, 128, 4, [1, 17, 4000, 0]),
+    (32, 8, 128, 8, [256] * 8),
+    (14, 2, 64, 3, [5, 1000, 63]),
+    (28, 4, 80, 2, [1, 300]),
+    (16, 1, 96, 2, [33, 0]),
+    (9, 3, 256, 2, [700, 31]),
+    (10, 2, 32, 2, [129, 4]),
+    (4, 4, 16, 2, [3, 2000]),
+    (18, 1, 64, 2, [77, 16]),
+]
+LAYERS, PAGE, MAX_LEN, VOCAB = 3, 16, 4096, 128256
+
+
+def all_cases(tune: bool) -> list[dict[str, Any]]:
+    """Every case as plain data: its kind, its name and what its kernel is generated from."""
+    cases: list[dict[str, Any]] = []
+    for family, shapes in GEMV_SHAPES.items():
+        for n, k in shapes:
+            for batch in (1, 2, 4, 8) if family in ("8b", "odd") else (1,):
+                for kind in ("gemv", "q4_gemv"):
+                    if kind == "q4_gemv" and (k % 32 or n == 128256):
+                        continue
+                    name = f"{kind}_{batch}_{n}_{k}"
+                    cases.append(dict(kind=kind, name=name, batch=batch, n=n, k=k, plan=None))
+                    if tune and n <= 57344 and family != "odd":
+                        cases += tuning(cases[-1])
+    for heads, kv, dim, batch, contexts in ATTENTION:
+        name = f"attention_{heads}_{kv}_{dim}_{batch}_{contexts[0]}"
+        for kind in ("decode", "prefill"):
+            cases.append(
+                dict(
+                    kind=kind,
+                    name=f"{kind}_{name}",
+                    heads=heads,
+                    kv=kv,
+                    dim=dim,
+                    batch=batch,
+                    contexts=contexts,
+                )
+            )
+    cases.append(
+        dict(kind="prefill", name="prefill_long", heads=32, kv=8, dim=128, batch=2, contexts=[2000])
+    )
+    cases += [dict(kind=k, name=k) for k in ("rotary", "sample", "store", "take", "dequantize")]
+    return cases
+
+
+def tuning(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same product under other plans: rows, split, unroll."""
+    plans = {
+        1: [(2, 1, 2), (2, 2, 2), (2, 4, 2), (2, 8, 2), (4, 1, 2), (4, 4, 1), (4, 4, 2)],
+        2: [(2, 2, 2), (2, 8, 2), (4, 4, 1), (4, 4, 2)],
+        4: [(2, 8, 1), (2, 2, 2), (4, 4, 1), (4, 8, 1)],
+        8: [(2, 4, 2), (2, 8, 1), (4, 2, 1), (4, 8, 1), (8, 2, 1), (8, 8, 1)],
+    }[case["batch"]]
+    units = case["k"] // (8 if case["kind"] == "gemv" else 32)
+    return [
+        case | dict(name="_".join(map(str, (case["name"], *plan))), plan=plan)
+        for plan in plans
+        if plan[1] * plan[2] * 32 <= units
+    ]
+
+
+def pages_of(case: dict[str, Any]) -> int:
+    return case["batch"] * MAX_LEN // PAGE + 5
+
+
+def build(directory: Path, archs: tuple[str, ...], tune: bool) -> None:
+    import tvm
+
+    from shardwright.compiler.cuda import cuda_target, install_hook
+    from shardwright.compiler.kernels import attention, gemv, matmul, rotary, sampling
+
+    funcs: dict[str, Any] = {}
+    cases = all_cases(tune)
+    for case in cases:
+        kind, name = case["kind"], case["name"]
+        if kind in ("gemv", "q4_gemv"):
+            units = case["k"] // (8 if kind == "gemv" else 32)
+            plan = gemv.Plan(*case["plan"]) if case["plan"] else gemv.plan(
+                batch=case["batch"], out_features=case["n"], units=units, q4=kind == "q4_gemv"
+            )  # fmt: skip
+            case["used"] = [plan.rows, plan.split, plan.unroll]
+            sizes = dict(batch=case["batch"], out_features=case["n"], in_features=case["k"],
+                         out_dtype="float16", tuned=plan)  # fmt: skip
+            funcs[name] = gemv.gemv(**sizes) if kind == "gemv" else gemv.q4_gemv(group=32, **sizes)
+        elif kind in ("decode", "prefill"):
+            sizes = dict(
+                heads=case["heads"], kv_heads=case["kv"], head_dim=case["dim"], layers=LAYERS,
+                pages=pages_of(case), page_size=PAGE, batch=None, max_pages=MAX_LEN // PAGE,
+                dtype="float16", scale=case["dim"] ** -0.5, target="cuda",
+            )  # fmt: skip
+            if kind == "prefill":
+                funcs[name] = attention.attention_prefill(tokens=None, **sizes)
+                continue
+            n = case["batch"]
+            splits = attention.num_splits(tokens=n, kv_heads=case["kv"], max_len=MAX_LEN)
+            case["splits"] = splits
+            funcs[name] = attention.attention_partial(tokens=n, splits=splits, **sizes)
+            funcs[name + "_combine"] = attention.attention_combine(
+                tokens=n, heads=case["heads"], head_dim=case["dim"], dtype="float16",
+                splits=splits, target="cuda",
+            )  # fmt: skip
+    funcs["table"] = rotary.rotary_table(
+        tokens=None, half=64, scale=1.0, ntk=(2.0, 8192), target="cuda"
+    )
+    funcs["append"] = rotary.rotary_append(
+        tokens=None, heads=32, kv_heads=8, head_dim=128, layers=LAYERS, pages=600, page_size=PAGE,
+        batch=None, max_pages=MAX_LEN // PAGE, dtype="float16", target="cuda",
+    )  # fmt: skip
+    funcs["sample"] = sampling.sample(batch=None, vocab=VOCAB, max_len=MAX_LEN, target="cuda")
+    funcs["store"] = sampling.store_logits(batch=None, vocab=VOCAB, target="cuda")
+    funcs["take"] = matmul.q4_take(
+        tokens=None, vocab_rows=1000, features=4096, group=32, dtype="float16", target="cuda"
+    )
+    funcs["dequantize"] = matmul.q4_dequantize(
+        out_features=28672, in_features=4096, group=32, dtype="float16", target="cuda"
+    )
+    install_hook(archs)
+    mod = tvm.IRModule({n: f.with_attr("global_symbol", n) for n, f in funcs.items()})
+    directory.mkdir(parents=True, exist_ok=True)
+    tvm.compile(mod, target=cuda_target(archs)).export_library(str(directory / "kernels.so"))
+    (directory / "cases.json").write_text(json.dumps(cases))
+    print(f"{len(funcs)} kernels, {(directory / 'kernels.so').stat().st_size / 2**20:.1f} MiB")
+
+
+class _Runner:
+    """Runs the cases on a GPU; each method checks one kind and prints a line."""
+
+    def __init__(self, directory: Path) -> None:
+        import torch
+        import tvm_ffi
+
+        spec = __import__("importlib.util").util.find_spec("tvm")
+        lib = Path(spec.origin).parent / "lib"
+        for name in ("libtvm_runtime.so", "libtvm_runtime_extra.so", "libtvm_runtime_cuda.so"):
+            ctypes.CDLL(str(lib / name), mode=ctypes.RTLD_GLOBAL)
+        import tvm  # noqa: F401
+
+        self.torch, self.failures = torch, 0
+        self.functions = tvm_ffi.load_module(str(directory / "kernels.so"))
+        torch.manual_seed(0)
+        self.rows: list[dict[str, Any]] = []
+        self.held: tuple[Any, Any] = (None, None)
+
+    def call(self, name: str, *args: Any) -> None:
+        self.functions[name](*args)
+
+    def report(self, case: dict[str, Any], error: float, bound: float, **figures: Any) -> None:
+        good = error <= bound
+        self.failures += not good
+        shown = "  ".join(
+            f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()
+        )
+        print(f"{'ok  ' if good else 'FAIL'} {case['name']:44s} error {error:.1e}  {shown}")
+        self.rows.append({"name": case["name"], "error": error, "ok": good, **figures})
+
+    def time(self, calls: list[Any], repeat: int = 3) -> float:
+        """Microseconds of one call, from a graph that replays all of `calls` (each a thunk)."""
+        torch = self.torch
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(repeat):
+                for call in calls:
+                    call()
+        best = math.inf
+        for _ in range(5):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            best = min(best, start.elapsed_time(end) * 1000 / (len(calls) * repeat))
+        return best
+
+    def copies(self, size: int) -> int:
+        """Operands that together pass the L2 cache three times."""
+        return max(1, min(40, 180 * 2**20 // size))
+
+    def unpacked(self, packed: Any, scale: Any) -> Any:
+        torch = self.torch
+        shifts = torch.arange(0, 32, 4, device="cuda")
+        nibbles = (packed.view(torch.int32)[..., None] >> shifts) & 15
+        shape = (packed.shape[0], packed.shape[1] * 8)
+        return (nibbles.reshape(shape).double() - 7) * scale.double().repeat_interleave(32, 1)
+
+    def quantized(self, n: int, k: int) -> tuple[Any, Any]:
+        torch = self.torch
+        packed = torch.randint(-(2**31), 2**31 - 1, (n, k // 8), device="cuda", dtype=torch.int64)
+        scale = (torch.rand(n, k // 32, device="cuda") / 64).half()
+        return packed.to(torch.int32).view(torch.uint32), scale
+
+    def operands(self, n: int, k: int, batch: int, q4: bool) -> tuple[Any, list[Any], Any]:
+        """x, copies of the weight that pass the L2 cache, and the product of the first of them."""
+        torch, key = self.torch, (n, k, batch, q4)
+        if key != self.held[0]:
+            self.held = (None, None)
+            x = torch.randn(batch, k, device="cuda").half()
+            weights: list[Any] = []
+            for _ in range(self.copies(n * k * 2 if not q4 else n * k * 9 // 16)):
+                if q4:
+                    weights.append(self.quantized(n, k))
+                else:
+                    weights.append((torch.randn(n, k, device="cuda", dtype=torch.half) / 16,))
+            dense = self.unpacked(*weights[0]) if q4 else weights[0][0].double()
+            self.held = (key, (x, weights, x.double() @ dense.T))
+        return self.held[1]
+
+    def product(self, case: dict[str, Any]) -> None:
+        torch = self.torch
+        n, k, batch, q4 = case["n"], case["k"], case["batch"], case["kind"] == "q4_gemv"
+        size = n * k * 2 if not q4 else n * k * 9 // 16
+        x, weights, want = self.operands(n, k, batch, q4)
+        outs = torch.full((batch, n), torch.nan, device="cuda").half()
+        self.call(case["name"], x, *weights[0], outs)
+        error = ((outs.double() - want).abs().max() / want.abs().max()).item()
+        calls = [lambda w=w: self.call(case["name"], x, *w, outs) for w in weights]
+        us = self.time(calls)
+        self.report(case, error, 2e-3, us=us, TBps=size / us / 1e6, plan=case["used"])
+
+    def cache(self, case: dict[str, Any]) -> tuple[Any, Any, Any]:
+        torch = self.torch
+        shape = (LAYERS, pages_of(case), case["kv"], PAGE, case["dim"])
+        pages = [torch.randn(shape, device="cuda", dtype=torch.half) for _ in range(2)]
+        table = torch.randperm(pages_of(case), device="cuda")[: case["batch"] * MAX_LEN // PAGE]
+        return *pages, table.reshape(case["batch"], -1).int()
+
+    def expected(self, q: Any, cache: Any, rows: list[int], at: list[int], layer: int) -> Any:
+        torch = self.torch
+        k_pages, v_pages, table = cache
+        out = torch.zeros(q.shape, dtype=torch.double, device="cuda")
+        group = q.shape[1] // k_pages.shape[2]
+        for t, (row, position) in enumerate(zip(rows, at, strict=True)):
+            p = torch.arange(position + 1, device="cuda")
+            if position < 0:
+                continue
+            k, v = (
+                x[layer][table[row].long()[p // PAGE], :, p % PAGE].double()
+                for x in (k_pages, v_pages)
+            )
+            k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+            score = torch.einsum("hd,phd->hp", q[t].double(), k) * q.shape[2] ** -0.5
+            out[t] = torch.einsum("hp,phd->hd", score.softmax(1), v)
+        return out
+
+    def decode(self, case: dict[str, Any]) -> None:
+        torch, n = self.torch, case["batch"]
+        at = (case["contexts"] * n)[:n]
+        at = [c - 1 for c in at]
+        q = torch.randn(n, case["heads"], case["dim"], device="cuda").half()
+        cache = self.cache(case)
+        rows = torch.arange(n, device="cuda", dtype=torch.int32)
+        positions = torch.tensor(at, device="cuda", dtype=torch.int32)
+        splits = case["splits"]
+        shape = (splits, n, case["heads"])
+        sums = torch.full((*shape, case["dim"]), torch.nan, device="cuda")
+        stats = torch.full((*shape, 2), torch.nan, device="cuda")
+        out = torch.full_like(q, torch.nan)
+
+        def step(layer: int) -> None:
+            self.call(case["name"], q, *cache, rows, positions, layer, sums, stats)
+            self.call(case["name"] + "_combine", sums, stats, out)
+
+        step(1)
+        error = (out.double() - self.expected(q, cache, list(range(n)), at, 1)).abs().max().item()
+        us = self.time([lambda i=i: step(i % LAYERS) for i in range(6)])
+        size = 4 * sum(c + 1 for c in at) * case["kv"] * case["dim"]
+        self.report(case, error, 3e-3, us=us, GBps=size / us / 1e3, splits=splits)
+
+    def prefill(self, case: dict[str, Any]) -> None:
+        torch = self.torch
+        lengths = (case["contexts"] * case["batch"])[: case["batch"]]
+        rows = [r for r, c in enumerate(lengths) for _ in range(min(c, 2000))] + [0]
+        at = [p for c in lengths for p in range(c - min(c, 2000), c)] + [-1]
+        q = torch.randn(len(rows), case["heads"], case["dim"], device="cuda").half()
+        cache, out = self.cache(case), torch.full_like(q, torch.nan)
+        tensors = [torch.tensor(x, device="cuda", dtype=torch.int32) for x in (rows, at)]
+        self.call(case["name"], q, *cache, *tensors, 2, out)
+        some = [*range(0, len(rows), 97), len(rows) - 1]
+        want = self.expected(q[some], cache, [rows[i] for i in some], [at[i] for i in some], 2)
+        error = (out[some].double() - want).abs().max().item()
+        us = self.time([lambda: self.call(case["name"], q, *cache, *tensors, 2, out)], 1)
+        flops = 4 * sum(p + 1 for p in at) * case["heads"] * case["dim"]
+        self.report(case, error, 3e-3, us=us, tokens=len(rows), TFLOPs=flops / us / 1e6)
+
+    def rotary(self, case: dict[str, Any]) -> None:
+        torch = self.torch
+        positions = torch.tensor([0, 7, 4000, -1, 100_000], device="cuda", dtype=torch.int32)
+        lengths = torch.tensor([1, 8192, 8193, 1, 100_001], device="cuda", dtype=torch.int32)
+        inv = (10000.0 ** (-torch.arange(64, device="cuda", dtype=torch.double) / 64)).float()
+        table = torch.empty(5, 2, 64, device="cuda")
+        self.call("table", positions, lengths, inv, table)
+        ratio = torch.where(lengths > 8192, 2.0 * lengths / 8192 - 1, 1.0)[:, None].float()
+        freq = inv * ratio ** (-2 * torch.arange(64, device="cuda") / 126)
+        angle = (positions[:, None].float() * freq).double()
+        want = torch.stack([angle.cos(), angle.sin()], 1)
+        error = (table - want)[:4].abs().max().item()
+        self.report({"name": "rotary_table"}, error, 2e-3)
+        q, k, v = (torch.randn(5, h, 128, device="cuda").half() for h in (32, 8, 8))
+        shape = (LAYERS, 600, 8, PAGE, 128)
+        pages = [torch.zeros(shape, device="cuda", dtype=torch.half) for _ in range(2)]
+        table_of = torch.randperm(512, device="cuda").reshape(2, 256).int()
+        rows = torch.tensor([1, 0, 1, 0, 0], device="cuda", dtype=torch.int32)
+        at = torch.tensor([0, 7, 4000, -1, 33], device="cuda", dtype=torch.int32)
+        out = torch.empty_like(q)
+        args = (q, k, v, table, *pages, table_of, rows, at, 1, out)
+        self.call("append", *args)
+
+        def rotate(x: Any) -> Any:
+            c, s = (table[:, i, None].double() for i in range(2))
+            a, b = x[..., :64].double(), x[..., 64:].double()
+            return torch.cat([a * c - b * s, b * c + a * s], -1)
+
+        error = (out - rotate(q)).abs().max().item()
+        wanted = [torch.zeros(shape, device="cuda", dtype=torch.double) for _ in range(2)]
+        for t in (0, 1, 2, 4):
+            page, slot = table_of[rows[t], at[t] // PAGE], at[t] % PAGE
+            wanted[0][1, page, :, slot] = rotate(k)[t]
+            wanted[1][1, page, :, slot] = v[t].double()
+        error = max(
+            error, *((p - w).abs().max().item() for p, w in zip(pages, wanted, strict=True))
+        )
+        us = self.time([lambda: self.call("append", *args)] * 10)
+        self.report({"name": "rotary_append"}, error, 4e-3, us=us)
+
+    def sample(self, case: dict[str, Any]) -> None:
+        torch = self.torch
+        b = 64
+        logits = torch.randn(1, VOCAB, device="cuda").repeat(b, 1) * 3
+        logits[:, 9] = torch.nan
+        options: dict[str, tuple[float, float, float, int]] = {
+            "greedy": (0.0, 1.0, 1.0, 0),
+            "plain": (1.0, 1.0, 1.0, 0),
+            "top_k": (0.7, 1.0, 1.0, 5),
+            "top_p": (1.0, 0.2, 1.0, 0),
+            "both": (1.0, 0.5, 1.3, 40),
+        }
+        for name, (temperature, top_p, penalty, top_k) in options.items():
+            f = torch.tensor([[temperature, top_p, penalty, 0]], device="cuda").repeat(b, 1)
+            i = torch.zeros(b, 8, device="cuda", dtype=torch.int32)
+            i[:, 0], i[:, 3], i[:, 4] = top_k, 1, torch.arange(b)
+            history = torch.zeros(b, MAX_LEN, device="cuda", dtype=torch.int32)
+            eos = torch.full((b, 16), -1, device="cuda", dtype=torch.int32)
+            tokens = torch.zeros(b, device="cuda", dtype=torch.int32)
+            positions = torch.full((b,), 5, device="cuda", dtype=torch.int32)
+            positions[-1] = -1
+            scores = torch.empty_like(logits)
+            args = (logits, scores, tokens, positions, history, f, i, eos)
+            self.call("sample", *args)
+            x = logits[0].double().nan_to_num(-math.inf)
+            x[0] = x[0] / penalty if x[0] > 0 else x[0] * penalty
+            order = x.argsort(descending=True)
+            keep = VOCAB if temperature else 1
+            if top_k:
+                keep = min(keep, top_k)
+            p = (x[order[:keep]] / (temperature or 1)).softmax(0)
+            keep = int((p.cumsum(0) - p < top_p).sum()) if top_p < 1 else keep
+            allowed = set(order[:keep].tolist())
+            got = tokens[:-1].tolist()
+            first = tokens.clone()
+            positions[:-1] = 5
+            self.call("sample", *args)
+            same = torch.equal(first, tokens) and positions[-1] == -1 and positions[0] == 6
+            bad = sum(t not in allowed for t in got) + (not same) + 10 * (tokens[-1] != 0).item()
+            few = len(set(got)) < min(keep, 8) // 2
+            times = []
+            for rows in (1, 8):
+                views = [a[:rows] for a in args]
+
+                def once(views: Any = views) -> None:
+                    self.call("sample", *views)
+
+                times.append(self.time([once] * 3))
+            self.report(
+                {"name": f"sample_{name}"}, float(bad + few), 0, us_1=times[0], us_8=times[1],
+                kept=keep, distinct=len(set(got)),
+            )  # fmt: skip
+
+    def store(self, case: dict[str, Any]) -> None:
+        torch = self.torch
+        new, logits = torch.randn(4, VOCAB, device="cuda"), torch.zeros(4, VOCAB, device="cuda")
+        last = torch.tensor([3, -1, 0, -1], device="cuda", dtype=torch.int32)
+        self.call("store", new, last, logits)
+        want = torch.where(last[:, None] >= 0, new, 0)
+        us = self.time([lambda: self.call("store", new, last, logits)] * 10)
+        self.report(case, (logits - want).abs().max().item(), 0, us=us)
+
+    def take(self, case: dict[str, Any]) -> None:
+        torch = self.torch
+        packed, scale = self.quantized(1000, 4096)
+        ids = torch.tensor([999, 1000, 1999, 2000, 0], device="cuda", dtype=torch.int32)
+        rank = torch.ones(1, device="cuda", dtype=torch.int32)
+        out = torch.full((5, 4096), torch.nan, device="cuda").half()
+        self.call("take", packed, scale, ids, rank, out)
+        want = torch.zeros(5, 4096, device="cuda", dtype=torch.double)
+        want[1:3] = self.unpacked(packed, scale)[[0, 999]]
+        self.report(case, (out - want).abs().max().item(), 1e-4)
+
+    def dequantize(self, case: dict[str, Any]) -> None:
+        torch = self.torch
+        packed, scale = self.quantized(28672, 4096)
+        out = torch.full((28672, 4096), torch.nan, device="cuda").half()
+        self.call("dequantize", packed, scale, out)
+        error = (out - self.unpacked(packed, scale)).abs().max().item()
+        us = self.time([lambda: self.call("dequantize", packed, scale, out)] * 3)
+        self.report(case, error, 1e-4, us=us, TBps=28672 * 4096 * (2 + 9 / 16) / us / 1e6)
+
+    def run(self, cases: list[dict[str, Any]]) -> None:
+        import traceback
+
+        for case in sorted(cases, key=lambda c: c["kind"] in ("gemv", "q4_gemv")):
+            kind = "product" if case["kind"] in ("gemv", "q4_gemv") else case["kind"]
+            try:
+                getattr(self, kind)(case)
+            except Exception:
+                self.failures += 1
+                print("FAIL", case["name"], traceback.format_exc()[-1500:])
+            sys.stdout.flush()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("mode", choices=["build", "run"])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--arch", default="sm_90a", help="for build, comma-separated")
+    parser.add_argument("--tune", action="store_true", help="build other plans of the products too")
+    parser.add_argument("--json", type=Path, help="for run, write the figures here")
+    args = parser.parse_args()
+    if args.mode == "build":
+        build(args.directory, tuple(args.arch.split(",")), args.tune)
+        return 0
+    runner = _Runner(args.directory)
+    runner.run(json.loads((args.directory / "cases.json").read_text()))
+    if args.json:
+        args.json.write_text(json.dumps(runner.rows))
+    print(f"{len(runner.rows)} cases, {runner.failures} failures")
+    return runner.failures > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

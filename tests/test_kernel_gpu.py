@@ -1,0 +1,102 @@
+"""The GPU kernels without a GPU: their plans, their refusals, and that CUDA source comes out.
+
+What they compute is checked on a GPU by scripts/gpu_kernel_checks.py.
+"""
+
+import pytest
+import tvm
+from tvm.target import Target
+
+from shardwright.compiler.kernels import attention_gpu, gemv, matmul, rotary, sampling
+from shardwright.errors import UsageError
+
+CACHE = dict(layers=2, pages=9, page_size=16, batch=None, max_pages=4, dtype="float16")
+
+
+def source(func):
+    mod = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+    target = Target({"kind": "cuda", "arch": "sm_90a"}, host="llvm")
+    pending = [tvm.compile(mod, target=target).mod]
+    while pending:
+        module = pending.pop()
+        if module.kind == "cuda":
+            return module.inspect_source()
+        pending.extend(module.imports)
+    raise AssertionError("no CUDA module")
+
+
+@pytest.mark.parametrize("kind", ["prefill", "partial"])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 1, 128), (9, 3, 80), (32, 2, 256)])
+def test_attention(kind, heads, kv_heads, head_dim):
+    shapes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=0.1, target="cuda")
+    if kind == "prefill":
+        func = attention_gpu.attention_prefill(tokens=None, **shapes, **CACHE)
+    else:
+        func = attention_gpu.attention_partial(tokens=2, splits=7, **shapes, **CACHE)
+    assert "__shfl_xor_sync" in source(func)
+
+
+def test_attention_refuses_odd_head_dims():
+    with pytest.raises(UsageError, match="multiple of 8"):
+        attention_gpu.tiling(group=1, head_dim=65, dtype="float16", warp=32)
+
+
+@pytest.mark.parametrize("warp", [32, 64])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128, 256])
+def test_tiling_covers_the_head(warp, head_dim):
+    for group in range(1, 17):
+        tile = attention_gpu.tiling(group=group, head_dim=head_dim, dtype="float16", warp=warp)
+        assert tile.lanes * tile.width >= head_dim > (tile.lanes // 2) * tile.width
+        assert tile.per_warp * tile.lanes == warp
+        assert tile.queries * tile.parts >= group > tile.queries * (tile.parts - 1)
+
+
+def test_splits_fill_the_gpu_but_not_beyond_the_context():
+    assert attention_gpu.num_splits(tokens=1, kv_heads=8, max_len=4096) * 8 >= 132 * 2
+    assert attention_gpu.num_splits(tokens=64, kv_heads=8, max_len=4096) == 1
+    assert attention_gpu.num_splits(tokens=1, kv_heads=1, max_len=40) == 3
+
+
+@pytest.mark.parametrize("batch", range(1, 9))
+@pytest.mark.parametrize("q4", [False, True])
+def test_product_plans(batch, q4):
+    for out_features in (1, 7, 1280, 4096, 128256):
+        for units in (1, 3, 64, 128, 512, 896, 3584):
+            p = gemv.plan(batch=batch, out_features=out_features, units=units, q4=q4)
+            assert p.split == 1 or p.split * p.unroll * gemv.WARP <= units
+            # The warps that share rows write one sum a thread.
+            assert p.split == 1 or p.rows * batch <= p.split * gemv.WARP
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_products(batch):
+    sizes = dict(batch=batch, out_features=100, in_features=192, out_dtype="float16")
+    assert "__global__" in source(gemv.gemv(**sizes))
+    assert "lop3.b32" in source(gemv.q4_gemv(group=32, **sizes))
+
+
+def test_products_refuse_what_they_cannot_read_in_16_bytes():
+    with pytest.raises(UsageError, match="pad them to a multiple of 8"):
+        gemv.gemv(batch=1, out_features=4, in_features=12, out_dtype="float16")
+    with pytest.raises(UsageError, match="multiple of 32"):
+        gemv.q4_gemv(batch=1, out_features=4, in_features=64, group=16, out_dtype="float16")
+
+
+def test_other_kernels():
+    append = rotary.rotary_append(
+        tokens=None, heads=4, kv_heads=2, head_dim=64, target="cuda", **CACHE
+    )
+    table = rotary.rotary_table(tokens=3, half=32, scale=1.0, ntk=(2.0, 64), target="cuda")
+    # Fast-math sines are wrong at large angles.
+    assert "__sinf" not in source(table) and "__global__" in source(append)
+    assert "__syncthreads" in source(
+        sampling.sample(batch=None, vocab=1003, max_len=64, target="cuda")
+    )
+    for func in (
+        sampling.store_logits(batch=None, vocab=1003, target="cuda"),
+        matmul.q4_dequantize(out_features=8, in_features=64, group=32, dtype="float16"),
+        matmul.q4_take(
+            tokens=None, vocab_rows=9, features=64, group=32, dtype="float16", target="cuda"
+        ),
+    ):
+        assert "__global__" in source(func)
