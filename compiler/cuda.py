@@ -95,10 +95,11 @@ def _compile(nvcc: str, source: str, archs: tuple[str, ...]) -> bytes:
         path = Path(directory) / "kernels.cu"
         path.write_text(source)
         out = path.with_suffix(".fatbin")
-        command = [nvcc, "-fatbin", "-O3", "-std=c++17", "--threads", "2", *codes]
+        command = [nvcc, "-fatbin", "-O3", "-std=c++17", "-w", "--threads", "2", *codes]
         done = subprocess.run(
             [*command, "-o", str(out), str(path)], capture_output=True, text=True, check=False
         )
         if done.returncode != 0:
-            raise BuildError(f"nvcc failed:\n{done.stderr[-2000:]}")
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            raise BuildError("nvcc failed: " + "; ".join(errors[:3] or [done.stderr[-500:]]))
         return out.read_bytes()

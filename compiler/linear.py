@@ -92,10 +92,10 @@ def _groups(func: relax.Function) -> Iterable[list[str]]:
 
 
 def _joined_name(names: list[str]) -> str:
-    """`a.q.weight`, `a.k.weight` -> `a.q+k.weight`."""
+    """`a.q.weight`, `a.k.weight` -> `a.q_k.weight`: kernels' arguments take the name, so no `+`."""
     parts = [name.split(".") for name in names]
     columns = zip(*parts, strict=True)
-    return ".".join("+".join(dict.fromkeys(column)) for column in columns)
+    return ".".join("_".join(dict.fromkeys(column)) for column in columns)
 
 
 def quantize(mod: tvm.IRModule, weights: Weights, groups: dict[str, int]) -> tvm.IRModule:
