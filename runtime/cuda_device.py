@@ -28,7 +28,7 @@ class CudaDevice:
         self._use_raw_stream = tvm_ffi.use_raw_stream
         self._cuda = cudart()
         self._use_graph = use_graph
-        self._aborted = False
+        self.aborted = False
         self._seen: set[Any] = set()
         self._graphs: dict[Any, ctypes.c_void_p] = {}
         call(self._cuda, "cudaSetDevice", index)
@@ -60,13 +60,13 @@ class CudaDevice:
         event = self._events[self._SLOTS]
         call(self._cuda, "cudaEventRecord", event, self._stream)
         while not done(self._cuda, event):
-            if self._aborted:
+            if self.aborted:
                 raise AbortedError("waiting for the GPU was broken off: another rank failed")
             time.sleep(POLL_SECONDS)
 
     def abort(self) -> None:
         """See `Device`."""
-        self._aborted = True
+        self.aborted = True
 
     def fetch(self, tensor: Any) -> Pending:
         """See `Device`."""

@@ -3,11 +3,13 @@
 import ctypes
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from shardwright.errors import WorkerError
 from shardwright.runtime.collectives import AbortedError
+from shardwright.runtime.cudart import call, cudart
 from shardwright.runtime.tvm_runtime import load_cuda_library
 
 
@@ -22,11 +24,16 @@ class NcclCollectives:
     _DTYPES = {"int32": 2, "float16": 6, "float32": 7}  # noqa: RUF012
     _SUM = 0
 
-    def __init__(self, directory: Path, rank: int, world: int, device: Any) -> None:
+    def __init__(
+        self, directory: Path, rank: int, world: int, device: Any, aborted: Callable[[], bool]
+    ) -> None:
         self._device = device
+        self._aborted = aborted
         self._library = load_cuda_library("libnccl.so.2")
         pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
         self._library.ncclGetErrorString.restype = ctypes.c_char_p
+        self._library.ncclGetLastError.restype = ctypes.c_char_p
+        self._library.ncclGetLastError.argtypes = [pointer]
         self._library.ncclCommInitRank.argtypes = [pointer, integer, _UniqueId, integer]
         self._library.ncclAllReduce.argtypes = [
             *(pointer, pointer, size, integer, integer),
@@ -37,13 +44,31 @@ class NcclCollectives:
         self._library.ncclCommDestroy.argtypes = [pointer]
         self._lock = threading.Lock()
         self._communicator: int | None = None
-        unique = self._exchange_id(directory / "nccl-id", rank)
-        communicator = ctypes.c_void_p()
-        self._check(
-            self._library.ncclCommInitRank(ctypes.byref(communicator), world, unique, rank),
-            "ncclCommInitRank",
-        )
-        self._communicator = communicator.value
+        self._communicator = self._join(self._exchange_id(directory / "nccl-id", rank), rank, world)
+
+    def _join(self, unique: _UniqueId, rank: int, world: int) -> int | None:
+        """Create the communicator, in a thread of its own.
+
+        The call does not return if a peer fails in it. The thread is left behind then, and cannot
+        keep this process from ending.
+        """
+        communicator, status = ctypes.c_void_p(), ctypes.c_int(-1)
+        cuda = cudart()
+
+        def create() -> None:
+            call(cuda, "cudaSetDevice", self._device.index)
+            status.value = self._library.ncclCommInitRank(
+                ctypes.byref(communicator), world, unique, rank
+            )
+
+        thread = threading.Thread(target=create, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            if self._aborted():
+                raise AbortedError("joining NCCL was broken off: another rank failed")
+            thread.join(0.01)
+        self._check(status.value, "ncclCommInitRank")
+        return communicator.value
 
     def _exchange_id(self, path: Path, rank: int) -> _UniqueId:
         unique = _UniqueId()
@@ -126,4 +151,5 @@ class NcclCollectives:
     def _check(self, status: int, what: str) -> None:
         if status != 0:
             reason = self._library.ncclGetErrorString(status).decode()
-            raise WorkerError(f"{what} failed: {reason}; NCCL_DEBUG=INFO prints why")
+            last = (self._library.ncclGetLastError(None) or b"").decode(errors="replace").strip()
+            raise WorkerError(f"{what} failed: {reason}: {last}; NCCL_DEBUG=INFO prints more")

@@ -38,12 +38,15 @@ def load(cuda: bool = False) -> None:
 
 
 def load_cuda_library(name: str) -> ctypes.CDLL:
-    """Load a CUDA library from the library path, or from NVIDIA's pip packages.
+    """Load a CUDA library from NVIDIA's pip packages, or from the library path.
+
+    In this order, because a process that has imported torch already has the pip package's NCCL,
+    and NCCL refuses ranks of different versions.
 
     Raises DeviceError, with the package to install, if it is in neither place.
     """
     reason = ""
-    for candidate in (name, *_pip_candidates(name)):
+    for candidate in (*_pip_candidates(name), name):
         try:
             return ctypes.CDLL(candidate, mode=ctypes.RTLD_GLOBAL)
         except OSError as error:

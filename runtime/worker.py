@@ -96,7 +96,8 @@ class Worker:
         manifest = self._manifest = load_manifest(artifact)
         world = manifest.mesh.size
         if manifest.target.kind == "cuda":
-            self._device = CudaDevice(self.rank, manifest.use_cuda_graph)
+            gpu = CudaDevice(self.rank, manifest.use_cuda_graph)
+            self._device = gpu
         else:
             _use_threads(world)
         with self._device.scope():
@@ -104,7 +105,7 @@ class Worker:
                 self._collectives = HostCollectives(Path(segment), self.rank, world)
             elif world > 1:
                 self._collectives = NcclCollectives(
-                    self._directory, self.rank, world, self._device.tvm
+                    self._directory, self.rank, world, gpu.tvm, lambda: gpu.aborted
                 )
             self._program = Program(
                 Path(artifact),

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import time
 import dataclasses
 from pathlib import Path
 
@@ -47,6 +48,7 @@ const char* cudaGetErrorString(int) { return "a reason"; }
 NCCL = """
 #include <cstring>
 #include <cstddef>
+#include <unistd.h>
 struct Id { char bytes[128]; };
 extern "C" {
 int aborted, destroyed;
@@ -55,6 +57,7 @@ int ncclGetUniqueId(Id* id) {
   memset(id, 0, 128); id->bytes[3] = 'x'; id->bytes[127] = 7; return 0; }
 int ncclCommInitRank(void** comm, int world, Id id, int rank) {
   *comm = (void*)0xdddddddddd;
+  if (world == 3) sleep(60);  // a peer never comes
   return !(world == 2 && rank < 2 && id.bytes[3] == 'x' && id.bytes[127] == 7); }
 int ncclAllReduce(const void* x, void* out, size_t n, int type, int op, void* comm, void* s) {
   stream = s;
@@ -69,6 +72,7 @@ int ncclAllGather(const void* x, void* out, size_t n, int type, void* comm, void
 int ncclCommAbort(void* comm) { aborted += comm == (void*)0xdddddddddd; return 0; }
 int ncclCommDestroy(void* comm) { destroyed += comm == (void*)0xdddddddddd; return 0; }
 const char* ncclGetErrorString(int) { return "a reason"; }
+const char* ncclGetLastError(void*) { return "more of it"; }
 }
 """
 
@@ -83,6 +87,7 @@ def stand_in(source: str, directory: Path, name: str) -> ctypes.CDLL:
 def cuda(tmp_path, monkeypatch) -> ctypes.CDLL:
     library = stand_in(CUDART, tmp_path, "cudart_stand_in")
     monkeypatch.setattr(cuda_device, "cudart", lambda: library)
+    monkeypatch.setattr(nccl, "cudart", lambda: library)
     for name in ("launches", "captures", "events_until_ready", "fail"):
         ctypes.c_int.in_dll(library, name).value = 0
     return library
@@ -152,7 +157,7 @@ def test_nccl_calls(tmp_path, monkeypatch, cuda):
     library = stand_in(NCCL, tmp_path, "nccl_stand_in")
     monkeypatch.setattr(nccl, "load_cuda_library", lambda name: library)
     gpu = CudaDevice(0, use_graph=True)
-    groups = [nccl.NcclCollectives(tmp_path, rank, 2, gpu.tvm) for rank in range(2)]
+    groups = [nccl.NcclCollectives(tmp_path, rank, 2, gpu.tvm, lambda: False) for rank in range(2)]
     assert (tmp_path / "nccl-id").stat().st_size == 128
     x, out = tensor(np.arange(5, dtype=np.float32)), tensor(np.zeros(5, np.float32))
     half = tensor(np.arange(3, dtype=np.float16))
@@ -173,6 +178,17 @@ def test_nccl_calls(tmp_path, monkeypatch, cuda):
     assert counter(library, "aborted").value == 1 and counter(library, "destroyed").value == 1
     with pytest.raises(AbortedError):
         groups[0].all_reduce(x, out)
+
+
+def test_joining_nccl_ends_when_a_peer_fails(tmp_path, monkeypatch, cuda):
+    library = stand_in(NCCL, tmp_path, "nccl_stand_in")
+    monkeypatch.setattr(nccl, "load_cuda_library", lambda name: library)
+    began = time.monotonic()
+    with pytest.raises(AbortedError, match="another rank failed"):
+        nccl.NcclCollectives(
+            tmp_path, 0, 3, CudaDevice(0, False).tvm, lambda: time.monotonic() > began + 0.1
+        )
+    assert time.monotonic() < began + 5
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 30, None])
