@@ -2,11 +2,10 @@
 
 import json
 import os
-from pathlib import Path
 
-import demo
 import pytest
 
+import demo
 from shardwright import ChatConfig, ChatModule
 from shardwright.compiler.build import BuildOptions, build
 

@@ -2,8 +2,8 @@
 
 import contextlib
 import ctypes
-import time
 import dataclasses
+import time
 from pathlib import Path
 
 import numpy as np
