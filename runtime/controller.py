@@ -37,6 +37,7 @@ class Controller:
         manifest: Manifest,
         timeout: float,
         progress: Callable[[int, int], None] | None,
+        collectives: str = "auto",
     ) -> None:
         """Start the workers and wait until all have loaded.
 
@@ -45,6 +46,7 @@ class Controller:
             manifest: its manifest.
             timeout: seconds after which a worker that does not answer counts as hung.
             progress: called with this rank's bytes loaded so far and in all.
+            collectives: "auto" or "nccl", see `Session`.
         """
         world, cuda = manifest.mesh.size, manifest.target.kind == "cuda"
         self._timeout = timeout
@@ -66,7 +68,12 @@ class Controller:
             self._disco = self._processes.create_session(world)
             self._call = self._disco.get_global_func(CALL)
             segment = None if self._segment is None else str(self._segment)
-            self.send("load", artifact=str(artifact.resolve()), segment=segment)
+            self.send(
+                "load",
+                artifact=str(artifact.resolve()),
+                segment=segment,
+                collectives=collectives,
+            )
             # Without a limit: how long it takes depends on the disk.
             self.receive("loaded", timeout=float("inf"))
             self.memory = [

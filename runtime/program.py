@@ -47,12 +47,8 @@ class Program:
             name: self._empty((chunk,), "int32")
             for name in ("tokens", "rows", "positions", "lengths")
         } | {"last": self._empty((rows,), "int32")}
-        self._decode = {
-            bucket: functools.partial(
-                self._vm[f"decode_{bucket}"], *self._arguments(f"decode_{bucket}", {})
-            )
-            for bucket in manifest.decode_buckets
-        }
+        self._decode: dict[int, Callable[[], None]] = {}
+        self._bind_decode("")
         self._sample_arguments = self._arguments("sample", {})
         del self._fill  # and its templates
 
@@ -66,6 +62,26 @@ class Program:
             view = buffer if buffer.shape == array.shape else buffer._create_view(array.shape)
             views[name] = view.copyfrom(array)
         self._vm["prefill"](*self._arguments("prefill", views))
+
+    @property
+    def peer_buffer(self) -> int | None:
+        """Device address of the buffer for all-reduces over peer memory, if there is one."""
+        tensor = self._state.get("peer_buffer")
+        return None if tensor is None else int(tensor.data_ptr())
+
+    def use_peers(self, addresses: list[int]) -> None:
+        """From now on decode with all-reduces over peer memory at `addresses`."""
+        self._state["peers"].copyfrom(np.array(addresses, dtype=np.int64))
+        self._bind_decode("_peer")
+
+    def _bind_decode(self, suffix: str) -> None:
+        self._decode = {
+            bucket: functools.partial(
+                self._vm[f"decode_{bucket}{suffix}"],
+                *self._arguments(f"decode_{bucket}{suffix}", {}),
+            )
+            for bucket in self._manifest.decode_buckets
+        }
 
     def sample(self) -> None:
         """Choose the next token of every active row from its logits."""

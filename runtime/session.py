@@ -42,6 +42,7 @@ class Session:
         *,
         timeout: float = 300.0,
         progress: Callable[[int, int], None] | None = None,
+        collectives: str = "auto",
     ) -> None:
         """Start the workers and load the model.
 
@@ -50,20 +51,25 @@ class Session:
             num_shards: number of ranks; it is fixed at build time, so this is a check only.
             timeout: seconds without an answer after which a worker counts as hung.
             progress: called during loading with the bytes read by rank 0 and their total.
+            collectives: "auto" lets GPUs that can map each other's memory sum small messages
+                there; "nccl" uses NCCL for everything.
 
         Raises:
+            UsageError: `collectives` is neither.
             ArtifactError: the artefact is missing, unfinished, damaged, of a newer version, holds
                 no weights, or was built for another number of ranks.
             DeviceError: the machine has too few GPUs, or others than the artefact was built for.
             WorkerError: a worker failed or died.
         """
+        if collectives not in ("auto", "nccl"):
+            raise UsageError(f"collectives {collectives!r}: choose auto or nccl")
         began = time.monotonic()
         directory = Path(path)
         self.manifest = load_manifest(directory)
         check_manifest(directory, self.manifest, num_shards)
         tvm_runtime.load(cuda=self.manifest.target.kind == "cuda")
         check_devices(self.manifest)
-        self._controller = Controller(directory, self.manifest, timeout, progress)
+        self._controller = Controller(directory, self.manifest, timeout, progress, collectives)
         self._finalizer = weakref.finalize(self, self._controller.close)
         self._rows: list[list[int]] = []
         self._call = 0

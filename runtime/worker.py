@@ -8,6 +8,7 @@ Disco ends the process: errors go to the file `rank-K.error` in the session's di
 
 import functools
 import json
+import logging
 import os
 import queue
 import signal
@@ -32,8 +33,11 @@ from shardwright.runtime.collectives import (
 from shardwright.runtime.cuda_device import CudaDevice
 from shardwright.runtime.device import CpuDevice, Device
 from shardwright.runtime.nccl import NcclCollectives
+from shardwright.runtime.peer import PeerMemory
 from shardwright.runtime.program import Program
 from shardwright.runtime.rows import Piece
+
+_log = logging.getLogger("shardwright")
 
 CALL = "shardwright.worker.call"
 CUDA_VARIABLE = "SHARDWRIGHT_WORKER_CUDA"
@@ -53,6 +57,7 @@ class Worker:
         self._failed = False
         self._collectives: Collectives | None = None
         self._device: Device = CpuDevice()
+        self._peers: PeerMemory | None = None
         self._manifest: Manifest
         self._program: Program
 
@@ -70,6 +75,8 @@ class Worker:
     def abort(self) -> None:
         """Break off what this rank waits for. For any thread."""
         self._device.abort()
+        if self._peers is not None:
+            self._peers.abort()
         if self._collectives is not None:
             self._collectives.abort()
 
@@ -91,8 +98,12 @@ class Worker:
         if self._results is not None:
             self._results.put((kind, value))
 
-    def do_load(self, artifact: str, segment: str | None) -> None:
-        """Load this rank's program and weights, and join the other ranks."""
+    def do_load(self, artifact: str, segment: str | None, collectives: str) -> None:
+        """Load this rank's program and weights, and join the other ranks.
+
+        `segment` is the host collectives' shared memory. `collectives` is "auto", or "nccl" for
+        NCCL alone.
+        """
         manifest = self._manifest = load_manifest(artifact)
         world = manifest.mesh.size
         if manifest.target.kind == "cuda":
@@ -114,6 +125,15 @@ class Worker:
                 self._device,
                 lambda done, total: self._publish("progress", (done, total)),
             )
+            buffer = self._program.peer_buffer
+            if buffer is not None and collectives == "auto":
+                self._peers = PeerMemory(
+                    self._directory, self.rank, world, buffer, lambda: gpu.aborted
+                )
+                if self._peers.addresses is not None:
+                    self._program.use_peers(self._peers.addresses)
+                elif self.rank == 0:
+                    _log.warning("GPUs cannot map each other's memory: all-reduces use NCCL")
             memory = json.dumps(self._program.memory())
             (self._directory / f"rank-{self.rank}.memory").write_text(memory)
             if self._collectives is not None:
@@ -177,6 +197,8 @@ class Worker:
     def do_close(self) -> None:
         """Release the collectives and the memory."""
         self._device.wait()
+        if self._peers is not None:
+            self._peers.close()
         if self._collectives is not None:
             self._collectives.close()
             self._collectives = None

@@ -1,7 +1,7 @@
 """The demo model's greedy answers, which every target and number of ranks must give.
 
-python tests/demo.py [ARTEFACT ...]    compare artefacts with them
-python tests/demo.py --write           write them again, from one CPU rank
+    python tests/demo.py [--nccl] [ARTEFACT ...]    compare artefacts with them
+    python tests/demo.py --write                    write them again, from one CPU rank
 """
 
 import json
@@ -22,7 +22,7 @@ def questions() -> list[str]:
     return [item["prompt"] for kind in kinds for item in held_out[kind][:8]]
 
 
-def answers(artefact: str | Path) -> list[list[int]]:
+def answers(artefact: str | Path, collectives: str = "auto") -> list[list[int]]:
     """Greedy token ids of the replies to `questions()`, asked in batches of different lengths."""
     from shardwright import Session
     from shardwright.runtime.sampling import SamplingParams
@@ -32,7 +32,7 @@ def answers(artefact: str | Path) -> list[list[int]]:
     asked = questions()
     prompts = [tokenizer.encode_chat([{"role": "user", "content": q}]) for q in asked]
     replies: list[list[int]] = []
-    with Session(artefact) as session:
+    with Session(artefact, collectives=collectives) as session:
         for i in range(0, len(prompts), BATCH):
             batch = prompts[i : i + BATCH]
             rows: list[list[int]] = [[] for _ in batch]
@@ -61,9 +61,9 @@ def main() -> None:
         lines = [f" {json.dumps(q)}: {json.dumps(a)}" for q, a in replies.items()]
         GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         return
-    differ = 0
-    for artefact in sys.argv[1:]:
-        got = answers(artefact)
+    differ, collectives = 0, "nccl" if "--nccl" in sys.argv else "auto"
+    for artefact in [a for a in sys.argv[1:] if a != "--nccl"]:
+        got = answers(artefact, collectives)
         wrong = sum(a != b for a, b in zip(got, golden(), strict=True))
         print(f"{Path(artefact).name}: {len(got) - wrong} of {len(got)} replies are the CPU's")
         differ += wrong

@@ -1,0 +1,146 @@
+"""Decode functions that all-reduce over peer memory, and the exchange of that memory."""
+
+import threading
+
+import pytest
+import tvm
+from tvm import relax
+
+from shardwright.compiler.kernels import all_reduce
+from shardwright.compiler.peer import PeerState, add_peer_decode, peer_state
+from shardwright.compiler.rules import op_name, operands_of
+from shardwright.runtime import peer
+from shardwright.runtime.collectives import AbortedError
+
+STATE = PeerState(ranks=2, rows=3, features=8)
+TYPE = relax.TensorType([3, 8], "float16")
+
+
+def decode(fused, dtype="float16"):
+    """An all-reduce with a residual add and a norm after it, and one without."""
+    bb = relax.BlockBuilder()
+    kind = relax.TensorType([3, 8], dtype)
+    x, y = relax.Var("x", kind), relax.Var("y", kind)
+    rank = relax.Var("rank", relax.TensorType([1], "int32"))
+    weight = relax.Var("weight", relax.TensorType([8], dtype))
+    with bb.function("decode_3", [x, y, rank, weight], attrs={"num_input": 3}):
+        with bb.dataflow():
+            a = bb.emit(relax.op.ccl.allreduce(x, "sum", True))
+            b = bb.emit(relax.op.ccl.allreduce(y, "sum", True))
+            if fused:
+                eps = relax.prim_value(tvm.tirx.FloatImm("float64", 1e-5))
+                args = relax.Tuple([a, b, weight, eps])
+                call = relax.call_dps_packed("shardwright.add_rms_norm", args, [kind, kind])
+                pair = bb.emit(call)
+                results = [bb.emit(relax.TupleGetItem(pair, i)) for i in range(2)]
+            else:
+                results = [a, b]
+            out = bb.emit_output(relax.Tuple(results))
+        bb.emit_func_output(out)
+    return bb.finalize()
+
+
+def calls(func):
+    return [b.value for b in func.body.blocks[0].bindings if isinstance(b.value, relax.Call)]
+
+
+def test_a_twin_reduces_over_peer_memory_and_the_function_stays():
+    before = decode(fused=True)
+    assert peer_state(before, 2) == STATE
+    after = add_peer_decode(before, STATE)
+    tvm.ir.assert_structural_equal(after["decode_3"], before["decode_3"])
+    twin = after["decode_3_peer"]
+    assert [p.name for p in twin.params] == ["x", "y", "rank", "peers", "peer_calls", "weight"]
+    assert int(twin.attrs["num_input"]) == 5
+    plain, fused = calls(twin)
+    assert op_name(plain) == "shardwright.peer_all_reduce"
+    assert op_name(fused) == "shardwright.peer_all_reduce_add_rms_norm"
+    names = [getattr(x, "name", None) for x in operands_of(fused)]
+    assert names[1:] == ["y", "weight", "peers", "peer_calls", "rank", None]
+
+
+def test_all_reduces_without_a_norm_stand_alone():
+    twin = add_peer_decode(decode(fused=False), STATE)["decode_3_peer"]
+    assert [op_name(c) for c in calls(twin)] == ["shardwright.peer_all_reduce"] * 2
+
+
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, "float16"), (2, "float32")])
+def test_what_does_not_qualify_keeps_its_collectives(ranks, dtype):
+    assert peer_state(decode(fused=False, dtype=dtype), ranks) is None
+
+
+@pytest.mark.parametrize("features", [8, 128, 4096, 8192, 12288])
+def test_kernels_are_made_for_every_width(features):
+    sizes = {"tokens": 2, "features": features, "ranks": 4, "rows": 3}
+    for kernel in (
+        all_reduce.all_reduce(**sizes),
+        all_reduce.all_reduce_add_rms_norm(**sizes, eps=1e-5),
+    ):
+        text = str(kernel)
+        assert f"kRanks = 4, kRows = 3, kSize = {features}," in text
+        assert not any(macro in text for macro in ("RANKS", "THREADS", "EPSILON"))
+
+
+class Cuda:
+    """CUDA IPC of several ranks in one process: an address is its own handle."""
+
+    def __init__(self, refuse=False):
+        self.refuse, self.closed = refuse, []
+
+    def cudaHostAlloc(self, pointer, size, flags):
+        self.word = bytearray(4)
+        buffer = (peer.ctypes.c_char * 4).from_buffer(self.word)
+        pointer._obj.value = peer.ctypes.addressof(buffer)
+        return 0
+
+    def cudaIpcGetMemHandle(self, handle, address):
+        handle._obj.reserved = str(address.value).encode()
+        return 0
+
+    def cudaIpcOpenMemHandle(self, pointer, handle, flags):
+        pointer._obj.value = int(handle.reserved) + 1
+        return int(self.refuse)
+
+    def cudaIpcCloseMemHandle(self, address):
+        self.closed.append(address.value)
+
+    def cudaGetLastError(self):
+        return 0
+
+
+def connect(folder, monkeypatch, cudas):
+    found = {}
+    lock = threading.local()
+    monkeypatch.setattr(peer, "cudart", lambda: cudas[lock.rank])
+
+    def run(rank):
+        lock.rank = rank
+        found[rank] = peer.PeerMemory(folder, rank, len(cudas), 1000 * (rank + 1), lambda: False)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(cudas))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[rank] for rank in range(len(cudas))]
+
+
+def test_ranks_exchange_their_memory(tmp_path, monkeypatch):
+    cudas = [Cuda() for _ in range(3)]
+    memories = connect(tmp_path, monkeypatch, cudas)
+    assert memories[1].addresses[:3] == [1001, 2000, 3001]
+    memories[1].abort()
+    assert cudas[1].word == b"\x01\0\0\0" and cudas[0].word == bytes(4)
+    memories[1].close()
+    assert cudas[1].closed == [1001, 3001]
+
+
+def test_one_rank_that_cannot_map_turns_all_to_nccl(tmp_path, monkeypatch):
+    memories = connect(tmp_path, monkeypatch, [Cuda(), Cuda(refuse=True), Cuda()])
+    assert [memory.addresses for memory in memories] == [None] * 3
+
+
+def test_the_exchange_ends_when_a_rank_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(peer, "cudart", Cuda)
+    with pytest.raises(AbortedError):
+        peer.PeerMemory(tmp_path, 0, 2, 1000, lambda: True)
