@@ -101,6 +101,7 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 @click.option("--dummy-weights", is_flag=True, help="No weights; each rank makes random ones.")
 @click.option("--explain", is_flag=True, help="Print placements, collectives, bytes per step.")
 @click.option("--dump-ir", type=_DIRECTORY, help="Write the module after each pass there.")
+@click.option("--disable-pass", multiple=True, metavar="NAME", help="Leave out a fusion.")
 def build(output: Path, arch: tuple[str, ...], **options: Any) -> None:
     """Compile a Hugging Face checkpoint into a directory that `chat` runs."""
     # The compiler takes seconds to load, and only this command may load it.
