@@ -148,8 +148,9 @@ def test_rotary_table_of_inactive_tokens_is_finite():
     assert np.isfinite(table).all()
 
 
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize(("dtype", "tokens"), [("float32", None), ("float16", 5)])
-def test_rotary_append(dtype, tokens):
+def test_rotary_append(dtype, tokens, joined):
     rng = np.random.default_rng(0)
     heads, kv_heads, head_dim = 6, 2, 8
     paged = Paged([9, 6], kv_heads=kv_heads, head_dim=head_dim, page_size=4, dtype=dtype)
@@ -162,8 +163,10 @@ def test_rotary_append(dtype, tokens):
     table = np.stack([np.cos(angle), np.sin(angle)], 1).astype("float32")
     q_rot = np.zeros_like(q)
     before_k, before_v = paged.k.copy(), paged.v.copy()
-    kernel = build(rotary.rotary_append(tokens=tokens, heads=heads, target="cpu", **paged.sizes))
-    kernel(q, k, v, table, paged.k, paged.v, paged.table, rows, positions, 1, q_rot)
+    sizes = dict(tokens=tokens, heads=heads, target="cpu", joined=joined, **paged.sizes)
+    read = [np.concatenate([x.reshape(5, -1) for x in (q, k, v)], 1)] if joined else [q, k, v]
+    kernel = build(rotary.rotary_append(**sizes))
+    kernel(*read, table, paged.k, paged.v, paged.table, rows, positions, 1, q_rot)
 
     def rotate(x):
         cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]

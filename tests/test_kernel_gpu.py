@@ -7,7 +7,7 @@ import pytest
 import tvm
 from tvm.target import Target
 
-from shardwright.compiler.kernels import attention_gpu, gemv, matmul, rotary, sampling
+from shardwright.compiler.kernels import attention_gpu, gemv, matmul, norm, rotary, sampling
 from shardwright.errors import UsageError
 
 CACHE = dict(layers=2, pages=9, page_size=16, batch=None, max_pages=4, dtype="float16")
@@ -75,6 +75,23 @@ def test_products(batch):
     assert "lop3.b32" in source(gemv.q4_gemv(group=32, **sizes))
 
 
+@pytest.mark.parametrize(("batch", "out_features"), [(1, 102), (1, 4096), (5, 102)])
+def test_gated_products(batch, out_features):
+    sizes = dict(batch=batch, out_features=out_features, in_features=4096, out_dtype="float16")
+    for func in (gemv.gemv(gated=True, **sizes), gemv.q4_gemv(gated=True, group=32, **sizes)):
+        assert f"out: T.Buffer(({batch}, {out_features // 2})" in func.script()
+        assert "expf" in source(func)
+
+
+@pytest.mark.parametrize("features", [16, 1003, 4096, 5120, 16384])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_add_rms_norm(features, dtype):
+    func = norm.add_rms_norm(tokens=None, features=features, eps=1e-5, dtype=dtype, target="cuda")
+    text = source(func)
+    # Whole rows of 16 bytes, where they divide into them.
+    assert ("uint4" in text or "float4" in text) == (features % 8 == 0)
+
+
 def test_products_refuse_what_they_cannot_read_in_16_bytes():
     with pytest.raises(UsageError, match="pad them to a multiple of 8"):
         gemv.gemv(batch=1, out_features=4, in_features=12, out_dtype="float16")
@@ -82,9 +99,10 @@ def test_products_refuse_what_they_cannot_read_in_16_bytes():
         gemv.q4_gemv(batch=1, out_features=4, in_features=64, group=16, out_dtype="float16")
 
 
-def test_other_kernels():
+@pytest.mark.parametrize("joined", [False, True])
+def test_other_kernels(joined):
     append = rotary.rotary_append(
-        tokens=None, heads=4, kv_heads=2, head_dim=64, target="cuda", **CACHE
+        tokens=None, heads=4, kv_heads=2, head_dim=64, target="cuda", joined=joined, **CACHE
     )
     table = rotary.rotary_table(tokens=3, half=32, scale=1.0, ntk=(2.0, 64), target="cuda")
     # Fast-math sines are wrong at large angles.

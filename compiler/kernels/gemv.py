@@ -115,6 +115,7 @@ def _gemv(
     in_features: int,
     group: int,
     out_dtype: str,
+    gated: bool,
     tuned: Plan | None,
 ) -> tirx.PrimFunc:
     q4 = group > 0
@@ -129,6 +130,10 @@ def _gemv(
     units = in_features // unit
     p = tuned or plan(batch=batch, out_features=out_features, units=units, q4=q4)
     rows, split, unroll = p.rows, p.split, p.unroll
+    # Rows of a warp are pairs of a gate and its value, or rows as they lie.
+    paired = 2 if gated else 1
+    rows = max(rows, paired)
+    outputs = out_features // paired
     team = split * WARP  # threads that share rows
     teams = WARPS // split
     step = split * WARP * unroll
@@ -156,7 +161,16 @@ def _gemv(
         return T.min(first + unit_of(it, j, tid), units - 1)
 
     def row_read(row0: Any, r: Any) -> Any:
-        return wide(T.min(row0 + r, out_features - 1))
+        """Row r of a warp's; gates lie in the first half of the weight, values in the other."""
+        return wide(T.min(row0 + r // paired, outputs - 1) + r % paired * outputs)
+
+    def result(gate: Any, value: Any) -> Any:
+        """What is written: a sum, or silu(gate) * value of the sums rounded as if written."""
+        if not gated:
+            return T.cast(gate, out_dtype)
+        g = T.cast(T.cast(gate, out_dtype), "float32")
+        v = T.cast(T.cast(value, out_dtype), "float32")
+        return T.cast(g / (T.float32(1) + T.exp(-g)) * v, out_dtype)
 
     @T.inline
     def read(source, registers, row0, first, it, tid):
@@ -205,10 +219,12 @@ def _gemv(
             for s in T.unroll(5):
                 acc[i] = acc[i] + shuffle_xor(acc[i], T.shift_right(16, s), WARP)
         if split == 1:
-            for r in T.unroll(rows):
+            for r in T.unroll(rows // paired):
                 for b in T.unroll(batch):
-                    if tid % WARP == (r * batch + b) % WARP and row0 + r < out_features:
-                        out[b, row0 + r] = T.cast(acc[r * batch + b], out_dtype)
+                    if tid % WARP == (r * batch + b) % WARP and row0 + r < outputs:
+                        out[b, row0 + r] = result(
+                            acc[r * paired * batch + b], acc[(r * paired + paired - 1) * batch + b]
+                        )
         else:
             if tid % WARP == 0:
                 for i in T.unroll(rows * batch):
@@ -216,12 +232,23 @@ def _gemv(
             T.tvm_storage_sync("shared")
             # A team has at least 64 threads, and at most 64 sums.
             j: T.let[T.int32] = tid % team
-            if j < rows * batch:
+            if j < rows // paired * batch:
                 total: T.float32 = T.float32(0)
+                other: T.float32 = T.float32(0)
                 for s in T.unroll(split):
-                    total = total + partial[tid // team * split + s, j]
-                if row0 + j // batch < out_features:
-                    out[j % batch, row0 + j // batch] = T.cast(total, out_dtype)
+                    total = (
+                        total
+                        + partial[tid // team * split + s, j // batch * paired * batch + j % batch]
+                    )
+                    if gated:
+                        other = (
+                            other
+                            + partial[
+                                tid // team * split + s, (j // batch * 2 + 1) * batch + j % batch
+                            ]
+                        )
+                if row0 + j // batch < outputs:
+                    out[j % batch, row0 + j // batch] = result(total, other)
 
     if not q4:
 
@@ -230,7 +257,7 @@ def _gemv(
             T.func_attr(SCHEDULED)
             x = T.match_buffer(x_h, (batch, in_features), "float16")
             w = T.match_buffer(w_h, (out_features, in_features), "float16")
-            out = T.match_buffer(out_h, (batch, out_features), out_dtype)
+            out = T.match_buffer(out_h, (batch, outputs), out_dtype)
             with T.sblock("root"):
                 T.reads()
                 T.writes()
@@ -242,7 +269,7 @@ def _gemv(
                         weight = T.alloc_buffer((unroll * rows * 8,), "float16", scope="local")
                         xs = T.alloc_buffer((8,), "float16", scope="local")
                         acc = T.alloc_buffer((rows * batch,), "float32", scope="local")
-                        row0: T.let[T.int32] = (block * teams + tid // team) * rows
+                        row0: T.let[T.int32] = (block * teams + tid // team) * (rows // paired)
                         for i in T.unroll(rows * batch):
                             acc[i] = T.float32(0)
                         for c in T.serial(chunks):
@@ -273,7 +300,7 @@ def _gemv(
         x = T.match_buffer(x_h, (batch, in_features), "float16")
         packed = T.match_buffer(packed_h, (out_features, in_features // 8), "uint32")
         scale = T.match_buffer(scale_h, (out_features, in_features // group), "float16")
-        out = T.match_buffer(out_h, (batch, out_features), out_dtype)
+        out = T.match_buffer(out_h, (batch, outputs), out_dtype)
         with T.sblock("root"):
             T.reads()
             T.writes()
@@ -288,7 +315,7 @@ def _gemv(
                     xs = T.alloc_buffer((8,), "float16", scope="local")
                     pairs = T.alloc_buffer((rows * batch * 2,), "float16", scope="local")
                     acc = T.alloc_buffer((rows * batch,), "float32", scope="local")
-                    row0: T.let[T.int32] = (block * teams + tid // team) * rows
+                    row0: T.let[T.int32] = (block * teams + tid // team) * (rows // paired)
                     for i in T.unroll(rows * batch):
                         acc[i] = T.float32(0)
                     for c in T.serial(chunks):
@@ -339,11 +366,19 @@ def _gemv(
 
 
 def gemv(
-    *, batch: int, out_features: int, in_features: int, out_dtype: str, tuned: Plan | None = None
+    *,
+    batch: int,
+    out_features: int,
+    in_features: int,
+    out_dtype: str,
+    gated: bool = False,
+    tuned: Plan | None = None,
 ) -> tirx.PrimFunc:
     """`(x [b,K] f16, w [N,K] f16) -> x @ w.T [b,N]` for 1 to 8 tokens, float32 accumulation.
 
-    K must be a multiple of 8 (UsageError). `tuned` replaces the plan that the sizes suggest.
+    K must be a multiple of 8 (UsageError). With `gated` the result is `silu(y[:, :N/2]) *
+    y[:, N/2:]`, [b,N/2], of the product y rounded to `out_dtype`. `tuned` replaces the
+    plan that the sizes suggest.
     """
     return _gemv(
         batch=batch,
@@ -351,6 +386,7 @@ def gemv(
         in_features=in_features,
         group=0,
         out_dtype=out_dtype,
+        gated=gated,
         tuned=tuned,
     )
 
@@ -362,12 +398,14 @@ def q4_gemv(
     in_features: int,
     group: int,
     out_dtype: str,
+    gated: bool = False,
     tuned: Plan | None = None,
 ) -> tirx.PrimFunc:
     """`(x [b,K] f16, packed [N,K/8] u32, scale [N,K/group] f16) -> x @ w.T [b,N]`, 1 to 8 tokens.
 
     Weights are rounded to fp16 as `q4_dequantize` rounds them, and 16 products at a time are summed
     in fp16, the rest in float32. `group` and K must be multiples of 32 (UsageError).
+    `gated` and `tuned` are as for `gemv`.
     """
     return _gemv(
         batch=batch,
@@ -375,5 +413,6 @@ def q4_gemv(
         in_features=in_features,
         group=group,
         out_dtype=out_dtype,
+        gated=gated,
         tuned=tuned,
     )

@@ -9,7 +9,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, extent, is_gpu
+from .common import SCHEDULED, extent, for_blocks, is_gpu
 
 
 def rotary_table(
@@ -113,6 +113,7 @@ def rotary_append(
     max_pages: int,
     dtype: str,
     target: Any,
+    joined: bool = False,
 ) -> tirx.PrimFunc:
     """Rotate queries and keys, and append keys and values to the cache.
 
@@ -120,19 +121,66 @@ def rotary_append(
     rows [n] i32, positions [n] i32, layer i64) -> q_rot [n,H,D]`, with `k_pages` and `v_pages`
     `[layers, pages, K, page_size, D]` written in place. Pairs are (j, j + D/2), as in the
     `rotate_half` of Hugging Face; the arithmetic is float32. Tokens of position -1 append nothing.
+    With `joined`, one `qkv [n,(H+2K)*D]` stands for q, k and v.
     """
     n = extent(tokens)
     half = head_dim // 2
     cache = (layers, pages, kv_heads, page_size, head_dim)
     parts = heads + 2 * kv_heads
+    gpu = is_gpu(target)
 
-    if is_gpu(target):
+    def read(source: Any, t: Any, part: Any, first: int, j: Any) -> Any:
+        """Element j of a head: `part` counts all heads, of which q, k or v begins at `first`."""
+        return source[t, part * head_dim + j] if joined else source[t, part - first, j]
+
+    def turned(source: Any, t: Any, part: Any, first: int, table: Any, j: Any) -> tuple[Any, Any]:
+        """The two elements of pair j, turned by the token's angle."""
+        a = T.cast(read(source, t, part, first, j), "float32")
+        b = T.cast(read(source, t, part, first, j + half), "float32")
+        c, s = table[t, 0, j], table[t, 1, j]
+        return T.cast(a * c - b * s, dtype), T.cast(b * c + a * s, dtype)
+
+    def each_head() -> Any:
+        return T.thread_binding(parts, thread="blockIdx.y") if gpu else T.serial(parts)
+
+    def each_pair() -> Any:
+        return T.thread_binding(half, thread="threadIdx.x") if gpu else T.serial(half)
+
+    @T.inline
+    def body(q, k, v, table, k_pages, v_pages, page_table, rows, positions, layer, q_rot):
+        # One block per token and head (query heads, then key heads, then value heads), one thread
+        # per pair.
+        for t in for_blocks(n, gpu):
+            for part in each_head():
+                for j in each_pair():
+                    if part < heads:
+                        q0: T.let = turned(q, t, part, 0, table, j)[0]
+                        q1: T.let = turned(q, t, part, 0, table, j)[1]
+                        q_rot[t, part, j] = q0
+                        q_rot[t, part, j + half] = q1
+                    else:
+                        position: T.let[T.int32] = positions[t]
+                        if position >= 0:
+                            page: T.let[T.int32] = page_table[rows[t], position // page_size]
+                            slot: T.let[T.int32] = position % page_size
+                            if part < heads + kv_heads:
+                                h: T.let[T.int32] = part - heads
+                                k0: T.let = turned(k, t, part, heads, table, j)[0]
+                                k1: T.let = turned(k, t, part, heads, table, j)[1]
+                                k_pages[layer, page, h, slot, j] = k0
+                                k_pages[layer, page, h, slot, j + half] = k1
+                            else:
+                                g: T.let[T.int32] = part - heads - kv_heads
+                                v0: T.let = read(v, t, part, heads + kv_heads, j)
+                                v1: T.let = read(v, t, part, heads + kv_heads, j + half)
+                                v_pages[layer, page, g, slot, j] = v0
+                                v_pages[layer, page, g, slot, j + half] = v1
+
+    if joined:
 
         @T.prim_func(s_tir=True)
-        def rotary_append_gpu(
-            q_h: T.handle,
-            k_h: T.handle,
-            v_h: T.handle,
+        def rotary_append_joined(
+            qkv_h: T.handle,
             table_h: T.handle,
             k_pages_h: T.handle,
             v_pages_h: T.handle,
@@ -143,9 +191,7 @@ def rotary_append(
             q_rot_h: T.handle,
         ):
             T.func_attr(SCHEDULED)
-            q = T.match_buffer(q_h, (n, heads, head_dim), dtype)
-            k = T.match_buffer(k_h, (n, kv_heads, head_dim), dtype)
-            v = T.match_buffer(v_h, (n, kv_heads, head_dim), dtype)
+            qkv = T.match_buffer(qkv_h, (n, parts * head_dim), dtype)
             table = T.match_buffer(table_h, (n, 2, half), "float32")
             k_pages = T.match_buffer(k_pages_h, cache, dtype)
             v_pages = T.match_buffer(v_pages_h, cache, dtype)
@@ -156,46 +202,24 @@ def rotary_append(
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                # One block per token and head (query heads, then key heads, then value heads), one
-                # thread per pair.
-                for t in T.thread_binding(n, thread="blockIdx.x"):
-                    for part in T.thread_binding(parts, thread="blockIdx.y"):
-                        for j in T.thread_binding(half, thread="threadIdx.x"):
-                            if part < heads:
-                                c: T.let[T.float32] = table[t, 0, j]
-                                s: T.let[T.float32] = table[t, 1, j]
-                                a: T.let[T.float32] = T.cast(q[t, part, j], "float32")
-                                b: T.let[T.float32] = T.cast(q[t, part, j + half], "float32")
-                                q_rot[t, part, j] = T.cast(a * c - b * s, dtype)
-                                q_rot[t, part, j + half] = T.cast(b * c + a * s, dtype)
-                            else:
-                                position: T.let[T.int32] = positions[t]
-                                if position >= 0:
-                                    page: T.let[T.int32] = page_table[
-                                        rows[t], position // page_size
-                                    ]
-                                    slot: T.let[T.int32] = position % page_size
-                                    if part < heads + kv_heads:
-                                        h: T.let[T.int32] = part - heads
-                                        c1: T.let[T.float32] = table[t, 0, j]
-                                        s1: T.let[T.float32] = table[t, 1, j]
-                                        a1: T.let[T.float32] = T.cast(k[t, h, j], "float32")
-                                        b1: T.let[T.float32] = T.cast(k[t, h, j + half], "float32")
-                                        k_pages[layer, page, h, slot, j] = T.cast(
-                                            a1 * c1 - b1 * s1, dtype
-                                        )
-                                        k_pages[layer, page, h, slot, j + half] = T.cast(
-                                            b1 * c1 + a1 * s1, dtype
-                                        )
-                                    else:
-                                        g: T.let[T.int32] = part - heads - kv_heads
-                                        v_pages[layer, page, g, slot, j] = v[t, g, j]
-                                        v_pages[layer, page, g, slot, j + half] = v[t, g, j + half]
+                body(
+                    qkv,
+                    qkv,
+                    qkv,
+                    table,
+                    k_pages,
+                    v_pages,
+                    page_table,
+                    rows,
+                    positions,
+                    layer,
+                    q_rot,
+                )
 
-        return rotary_append_gpu
+        return rotary_append_joined
 
     @T.prim_func(s_tir=True)
-    def rotary_append_cpu(
+    def rotary_append_plain(
         q_h: T.handle,
         k_h: T.handle,
         v_h: T.handle,
@@ -222,26 +246,6 @@ def rotary_append(
         with T.sblock("root"):
             T.reads()
             T.writes()
-            for t in T.parallel(n):
-                for h, j in T.grid(heads, half):
-                    a: T.let[T.float32] = T.cast(q[t, h, j], "float32")
-                    b: T.let[T.float32] = T.cast(q[t, h, j + half], "float32")
-                    q_rot[t, h, j] = T.cast(a * table[t, 0, j] - b * table[t, 1, j], dtype)
-                    q_rot[t, h, j + half] = T.cast(b * table[t, 0, j] + a * table[t, 1, j], dtype)
-                position: T.let[T.int32] = positions[t]
-                if position >= 0:
-                    page: T.let[T.int32] = page_table[rows[t], position // page_size]
-                    slot: T.let[T.int32] = position % page_size
-                    for h, j in T.grid(kv_heads, half):
-                        a: T.let[T.float32] = T.cast(k[t, h, j], "float32")
-                        b: T.let[T.float32] = T.cast(k[t, h, j + half], "float32")
-                        k_pages[layer, page, h, slot, j] = T.cast(
-                            a * table[t, 0, j] - b * table[t, 1, j], dtype
-                        )
-                        k_pages[layer, page, h, slot, j + half] = T.cast(
-                            b * table[t, 0, j] + a * table[t, 1, j], dtype
-                        )
-                    for h, d in T.grid(kv_heads, head_dim):
-                        v_pages[layer, page, h, slot, d] = v[t, h, d]
+            body(q, k, v, table, k_pages, v_pages, page_table, rows, positions, layer, q_rot)
 
-    return rotary_append_cpu
+    return rotary_append_plain
