@@ -59,11 +59,18 @@ def linear(x: relax.Expr, weight: relax.Expr, dtype: str) -> relax.Call:
 def join_linears(mod: tvm.IRModule, weights: Weights) -> tvm.IRModule:
     """Linears of one input become one linear with their weights joined, and slices of its result.
 
-    This makes qkv and gate_up products of the separate tensors of the checkpoint.
+    This makes qkv and gate_up products of the separate tensors of the checkpoint. Biases of all
+    members are joined likewise.
     """
     groups: dict[str, list[str]] = {}
+    biases: dict[str, str] = {}  # first bias of a group, by its first weight
     for _, func in mod.functions_items():
-        groups |= {g[0]: g for g in _groups(func)}
+        found = list(_groups(func))
+        groups |= {g[0]: g for g in found}
+        for g in found:
+            names = _biases(func, g)
+            if names is not None:
+                groups[names[0]], biases[g[0]] = names, names[0]
     joined = {}
     table: dict[str, Weight] = {}
     members = {name for group in groups.values() for name in group}
@@ -77,7 +84,10 @@ def join_linears(mod: tvm.IRModule, weights: Weights) -> tvm.IRModule:
             table[name] = weight
     weights.table = table
     return tvm.IRModule(
-        {gv: _Joiner(func, groups, joined).run(gv.name_hint) for gv, func in mod.functions_items()}
+        {
+            gv: _Joiner(func, groups, joined, biases).run(gv.name_hint)
+            for gv, func in mod.functions_items()
+        }
     )
 
 
@@ -85,10 +95,44 @@ def _groups(func: relax.Function) -> Iterable[list[str]]:
     """Names of the weights that multiply the same value, in program order, at least two."""
     by_input: dict[tuple[relax.Var, str], list[str]] = defaultdict(list)
     for binding in bindings_of(func):
-        if _is(binding.value, "shardwright.linear"):
+        if is_call(binding.value, "shardwright.linear"):
             x, weight = operands_of(binding.value)
             by_input[x, str(binding.var.ty.dtype)].append(weight.name)
     return [names for names in by_input.values() if len(names) > 1]
+
+
+def _biases(func: relax.Function, weights: list[str]) -> list[str] | None:
+    """Names of the biases added to the products with `weights`, if every one of them has one."""
+    products: dict[relax.Expr, str] = {}
+    biases: dict[str, str] = {}
+    for binding in bindings_of(func):
+        value = binding.value
+        if is_call(value, "shardwright.linear") and operands_of(value)[1].name in weights:
+            products[binding.var] = operands_of(value)[1].name
+            continue
+        read = [x for x in reads(value) if x in products]
+        if not read:
+            continue
+        # Nothing but its bias may be added to a product, once.
+        if not is_call(value, "relax.add") or products[read[0]] in biases:
+            return None
+        product, bias = value.args
+        if product != read[0] or bias not in list(func.params):
+            return None
+        if shape_of(bias) != shape_of(product)[1:]:
+            return None
+        biases[products[product]] = bias.name
+    return [biases[w] for w in weights] if len(biases) == len(weights) else None
+
+
+def reads(value: relax.Expr) -> list[relax.Var]:
+    """The variables that the value of a binding, or a function's result, reads."""
+    if isinstance(value, relax.Var):
+        return [value]
+    if isinstance(value, relax.TupleGetItem):
+        return reads(value.tuple_value)
+    inner = getattr(value, "args", None) or getattr(value, "fields", None) or []
+    return [x for part in inner for x in reads(part)]
 
 
 def _joined_name(names: list[str]) -> str:
@@ -187,9 +231,14 @@ class Rewriter:
     def _emit(self, var: relax.Var, value: relax.Expr) -> relax.Expr:
         if isinstance(value, relax.Call):
             new = self.rewrite(self, var, value)
+            if isinstance(new, relax.Var | relax.Tuple):
+                return new  # another name for what is there already
             return self.bb.emit(self.copy(value) if new is None else new, var.name)
         if isinstance(value, relax.TupleGetItem):
-            return self.bb.emit(relax.TupleGetItem(self.local(value.tuple_value), value.index))
+            whole = self.local(value.tuple_value)
+            if isinstance(whole, relax.Tuple):
+                return whole.fields[value.index]
+            return self.bb.emit(relax.TupleGetItem(whole, value.index))
         if isinstance(value, relax.Tuple):
             return relax.Tuple([self.local(f) for f in value.fields])
         return self.local(value)
@@ -209,11 +258,16 @@ class _Joiner(Rewriter):
     """Emits each joined linear where its first member stood, and slices where the members did."""
 
     def __init__(
-        self, func: relax.Function, groups: dict[str, list[str]], joined: dict[str, Weight]
+        self,
+        func: relax.Function,
+        groups: dict[str, list[str]],
+        joined: dict[str, Weight],
+        biases: dict[str, str],
     ) -> None:
         self.first = {name: group[0] for group in groups.values() for name in group}
         self.outputs: dict[str, relax.Expr] = {}
         self.offsets: dict[str, int] = {}
+        self.biases = biases
         self.joined_vars: dict[str, relax.Var] = {}
 
         def split(param: relax.Var) -> list[relax.Var] | None:
@@ -227,6 +281,8 @@ class _Joiner(Rewriter):
         super().__init__(func, lambda _rw, _var, call: self._join(call), split)
 
     def _join(self, call: relax.Call) -> relax.Expr | None:
+        if op_name(call) == "relax.add" and call.args[1] in self.replaced:
+            return self.local(call.args[0])  # its bias was added to the whole
         if op_name(call) != "shardwright.linear":
             return None
         x, weight = operands_of(call)
@@ -236,6 +292,9 @@ class _Joiner(Rewriter):
         if first not in self.outputs:
             y = linear(self.local(x), self.joined_vars[first], str(call.ty.dtype))
             self.outputs[first] = self.bb.emit(y)
+            if first in self.biases:
+                bias = self.joined_vars[self.biases[first]]
+                self.outputs[first] = self.bb.emit(relax.op.add(self.outputs[first], bias))
             self.offsets[first] = 0
         begin, size = self.offsets[first], shape_of(weight)[0]
         self.offsets[first] += size
@@ -252,5 +311,6 @@ def _rewrite_module(
     )
 
 
-def _is(value: relax.Expr, name: str) -> bool:
+def is_call(value: relax.Expr, name: str) -> bool:
+    """Whether `value` calls the operation `name` (see `op_name`)."""
     return isinstance(value, relax.Call) and op_name(value) == name

@@ -12,7 +12,8 @@ from typing import Any
 import tvm
 from tvm import relax, te
 
-from shardwright.compiler.kernels import attention, gemv, matmul, rotary, sampling
+from shardwright.compiler.fuse import FUSIONS
+from shardwright.compiler.kernels import attention, gemv, matmul, norm, rotary, sampling
 from shardwright.compiler.linear import Rewriter
 from shardwright.compiler.rules import op_name, operands_of, shape_of
 
@@ -20,8 +21,19 @@ GEMV_MAX_BATCH = 8
 """Largest batch for which a matrix-vector kernel is used on a GPU; above it, tensor cores."""
 
 
-def lower_abstract(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
-    """Replace every abstract operation and collective of `mod` by calls of kernels for `target`."""
+def lower_abstract(
+    mod: tvm.IRModule,
+    target: tvm.target.Target,
+    peer: object = None,
+    disabled: frozenset[str] = frozenset(),
+) -> tvm.IRModule:
+    """Replace every abstract operation and collective of `mod` by calls of kernels for `target`.
+
+    Operations are fused first, but for the fusions (`fuse.FUSIONS`) named in `disabled`.
+    """
+    for name, fuse in FUSIONS.items():
+        if name not in disabled:
+            mod = fuse(mod)
     bb = relax.BlockBuilder()
     kernels = _Kernels(bb, "cpu" if target.kind.name == "llvm" else str(target.kind.name))
     functions = {
@@ -102,11 +114,30 @@ def _cache_shapes(
 
 
 def _rotary_append(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
-    q, k_pages, page_table = args[0], args[4], args[6]
-    shapes = _cache_shapes(k, q, k_pages, page_table)
-    kernel = k.kernel(rotary.rotary_append, **shapes, target=k.target)
-    # Results: rotated q is new, the pages are operands 4 and 5.
-    return relax.call_tir_inplace(kernel, args, [-1, 4, 5], list(call.ty.fields))
+    """Queries, keys and values apart (four tensors before the pages) or joined (two)."""
+    pages = next(i for i, x in enumerate(args) if len(shape_of(x)) == 5)
+    shapes = _cache_shapes(k, relax.Var("q", call.ty.fields[0]), args[pages], args[pages + 2])
+    kernel = k.kernel(rotary.rotary_append, **shapes, target=k.target, joined=pages == 2)
+    # Results: rotated q is new, the pages are operands.
+    return relax.call_tir_inplace(kernel, args, [-1, pages, pages + 1], list(call.ty.fields))
+
+
+def _add_rms_norm(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    x, y, weight, eps = args
+    if k.target == "cpu":
+        total = k.bb.emit(relax.op.add(x, y))
+        return relax.Tuple(
+            [total, k.bb.emit(relax.op.nn.rms_norm(total, weight, [-1], _value(eps)))]
+        )
+    kernel = k.kernel(
+        norm.add_rms_norm,
+        tokens=_tokens(k, x),
+        features=shape_of(x)[1],
+        eps=_value(eps),
+        dtype=str(x.ty.dtype),
+        target=k.target,
+    )
+    return relax.call_tir(kernel, [x, y, weight], list(call.ty.fields))
 
 
 def _attention(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
@@ -156,22 +187,53 @@ def _sample(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr
 
 def _linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     x, weight = args
-    shapes = _linear_shapes(k, call, x, weight)
     if k.target == "cpu":
+        shapes = _linear_shapes(k, call, x, weight)
         kernel = k.kernel(matmul.matmul_cpu, **shapes, dtype=str(x.ty.dtype))
         return relax.call_tir(kernel, [x, weight], call.ty)
-    half = str(x.ty.dtype) == "float16"
-    if half and _fits_gemv(shapes, unit=8):
-        batch = shapes.pop("tokens")
-        kernel = k.kernel(gemv.gemv, batch=batch, **shapes)
-        return relax.call_tir(kernel, [x, weight], call.ty)
-    return _tensor_core_linear(k, call, x, weight)
+    few = _matrix_vector(k, call, args)
+    return _tensor_core_linear(k, call, x, weight) if few is None else few
 
 
-def _fits_gemv(shapes: dict[str, Any], unit: int) -> bool:
-    """Whether a matrix-vector kernel serves, which reads `unit` elements of a row at once."""
-    tokens = shapes["tokens"]
-    return tokens is not None and tokens <= GEMV_MAX_BATCH and shapes["in_features"] % unit == 0
+def _gated_linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """`silu(gate) * up` of the halves of a product, in its own kernel if that is for few tokens."""
+    if len(args) == 3:
+        args = _padded(k, args)
+    few = None if k.target == "cpu" else _matrix_vector(k, call, args, gated=True)
+    if few is not None:
+        return few
+    n, half = shape_of(call)
+    whole = relax.TensorType([n, 2 * half], call.ty.dtype)
+    name, lowering = ("linear", _linear) if len(args) == 2 else ("q4_linear", _q4_linear)
+    product = k.bb.normalize(
+        relax.call_dps_packed(f"shardwright.{name}", relax.Tuple(args), out_ty=whole)
+    )
+    y = k.bb.emit(lowering(k, product, args))
+    gate = k.bb.emit(relax.op.strided_slice(y, [1], [0], [half]))
+    up = k.bb.emit(relax.op.strided_slice(y, [1], [half], [2 * half]))
+    return relax.op.multiply(k.bb.emit(relax.op.nn.silu(gate)), up)
+
+
+def _matrix_vector(
+    k: _Kernels, call: relax.Call, args: list[relax.Expr], gated: bool = False
+) -> relax.Expr | None:
+    """A kernel for few tokens on a GPU, or None if there is none.
+
+    `args` are x and the one or two tensors of the weight.
+    """
+    x, weight, *scale = args
+    shapes = _linear_shapes(k, call, x, weight) | {"gated": gated}
+    batch, unit = shapes.pop("tokens"), 8
+    if scale:
+        shapes["group"] = shapes["in_features"] // shape_of(scale[0])[1]
+        unit = 32
+        if shapes["group"] % unit:
+            return None
+    few = batch is not None and batch <= GEMV_MAX_BATCH
+    if not few or shapes["in_features"] % unit or str(x.ty.dtype) != "float16":
+        return None
+    kernel = k.kernel(gemv.q4_gemv if scale else gemv.gemv, batch=batch, **shapes)
+    return relax.call_tir(kernel, args, call.ty)
 
 
 def _linear_shapes(
@@ -196,21 +258,24 @@ def _tensor_core_linear(
     return relax.op.astype(k.bb.emit(y), call.ty.dtype)
 
 
-def _q4_linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+def _padded(k: _Kernels, args: list[relax.Expr]) -> list[relax.Expr]:
+    """Operands of a four-bit product, x as wide as the weight, which has whole groups."""
     x, packed, scale = args
-    cols = shape_of(packed)[1] * 8
+    missing = shape_of(packed)[1] * 8 - shape_of(x)[1]
+    return [k.bb.emit(relax.op.nn.pad(x, [0, 0, 0, missing])) if missing else x, packed, scale]
+
+
+def _q4_linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    x, packed, scale = _padded(k, args)
+    shapes = _linear_shapes(k, call, x, packed)
+    cols = shapes["in_features"]
     group = cols // shape_of(scale)[1]
-    if cols != shape_of(x)[1]:
-        # The weight's columns were padded with zeros to whole groups.
-        x = k.bb.emit(relax.op.nn.pad(x, [0, 0, 0, cols - shape_of(x)[1]]))
-    shapes = _linear_shapes(k, call, x, packed) | {"group": group}
     if k.target == "cpu":
-        kernel = k.kernel(matmul.q4_matmul_cpu, **shapes, dtype=str(x.ty.dtype))
+        kernel = k.kernel(matmul.q4_matmul_cpu, **shapes, group=group, dtype=str(x.ty.dtype))
         return relax.call_tir(kernel, [x, packed, scale], call.ty)
-    if group % 32 == 0 and _fits_gemv(shapes, unit=32):
-        batch = shapes.pop("tokens")
-        kernel = k.kernel(gemv.q4_gemv, batch=batch, **shapes)
-        return relax.call_tir(kernel, [x, packed, scale], call.ty)
+    few = _matrix_vector(k, call, [x, packed, scale])
+    if few is not None:
+        return few
     kernel = k.kernel(
         matmul.q4_dequantize,
         out_features=shapes["out_features"],
@@ -289,11 +354,15 @@ Lowering = Callable[[_Kernels, relax.Call, list[relax.Expr]], relax.Expr]
 LOWERINGS: dict[str, Lowering] = {
     "shardwright.rotary_table": _rotary_table,
     "shardwright.rotary_append": _rotary_append,
+    "shardwright.rotary_append_joined": _rotary_append,
+    "shardwright.add_rms_norm": _add_rms_norm,
     "shardwright.attention": _attention,
     "shardwright.store_logits": _store_logits,
     "shardwright.sample": _sample,
     "shardwright.linear": _linear,
     "shardwright.q4_linear": _q4_linear,
+    "shardwright.gated_linear": _gated_linear,
+    "shardwright.q4_gated_linear": _gated_linear,
     "shardwright.embed": _embed,
     "shardwright.q4_embed": _q4_embed,
     "relax.take": _take,
