@@ -22,8 +22,10 @@ GEMV_SHAPES = {  # (out, in): Llama-3-8B, then Llama-2-70B on 1 and 4 GPUs, then
     "8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)],
     "70b": [(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)],
     "70b/4": [(2560, 8192), (8192, 2048), (14336, 8192), (8192, 7168)],
-    "odd": [(1283, 96), (7, 11008)],
+    "odd": [(1283, 96), (1286, 96), (7, 11008)],
 }
+GATED = [(28672, 4096), (14336, 8192), (1286, 96)]  # gate and value above each other
+NORMS = [4096, 8192, 5120, 1003, 16384, 16]
 ATTENTION = [  # heads, kv_heads, head_dim, batch, contexts
     (32, 8, 128, 1, [256]),
     (32, 8, 128, 1, [4000]),
@@ -57,6 +59,9 @@ def all_cases(tune: bool) -> list[dict[str, Any]]:
                     cases.append(dict(kind=kind, name=name, batch=batch, n=n, k=k, plan=None))
                     if tune and n <= 57344 and family != "odd":
                         cases += tuning(cases[-1])
+                    if (n, k) in GATED:
+                        case = dict(kind=kind, name=f"{name}_gated", gated=True)
+                        cases.append(case | dict(batch=batch, n=n, k=k, plan=None))
     for heads, kv, dim, batch, contexts in ATTENTION:
         name = f"attention_{heads}_{kv}_{dim}_{batch}_{contexts[0]}"
         for kind in ("decode", "prefill"):
@@ -74,7 +79,9 @@ def all_cases(tune: bool) -> list[dict[str, Any]]:
     cases.append(
         dict(kind="prefill", name="prefill_long", heads=32, kv=8, dim=128, batch=2, contexts=[2000])
     )
-    cases += [dict(kind=k, name=k) for k in ("rotary", "sample", "store", "take", "dequantize")]
+    cases += [
+        dict(kind=k, name=k) for k in ("rotary", "norm", "sample", "store", "take", "dequantize")
+    ]
     return cases
 
 
@@ -102,7 +109,7 @@ def build(directory: Path, archs: tuple[str, ...], tune: bool) -> None:
     import tvm
 
     from shardwright.compiler.cuda import cuda_target, install_hook
-    from shardwright.compiler.kernels import attention, gemv, matmul, rotary, sampling
+    from shardwright.compiler.kernels import attention, gemv, matmul, norm, rotary, sampling
 
     funcs: dict[str, Any] = {}
     cases = all_cases(tune)
@@ -115,7 +122,8 @@ def build(directory: Path, archs: tuple[str, ...], tune: bool) -> None:
             )  # fmt: skip
             case["used"] = [plan.rows, plan.split, plan.unroll]
             sizes = dict(batch=case["batch"], out_features=case["n"], in_features=case["k"],
-                         out_dtype="float16", tuned=plan)  # fmt: skip
+                         out_dtype="float16", tuned=plan,
+                         gated=case.get("gated", False))  # fmt: skip
             funcs[name] = gemv.gemv(**sizes) if kind == "gemv" else gemv.q4_gemv(group=32, **sizes)
         elif kind in ("decode", "prefill"):
             sizes = dict(
@@ -137,10 +145,16 @@ def build(directory: Path, archs: tuple[str, ...], tune: bool) -> None:
     funcs["table"] = rotary.rotary_table(
         tokens=None, half=64, scale=1.0, ntk=(2.0, 8192), target="cuda"
     )
-    funcs["append"] = rotary.rotary_append(
-        tokens=None, heads=32, kv_heads=8, head_dim=128, layers=LAYERS, pages=600, page_size=PAGE,
-        batch=None, max_pages=MAX_LEN // PAGE, dtype="float16", target="cuda",
-    )  # fmt: skip
+    for joined in (False, True):
+        funcs["append_joined" if joined else "append"] = rotary.rotary_append(
+            tokens=None, heads=32, kv_heads=8, head_dim=128, layers=LAYERS, pages=600,
+            page_size=PAGE, batch=None, max_pages=MAX_LEN // PAGE, dtype="float16", target="cuda",
+            joined=joined,
+        )  # fmt: skip
+    for features in NORMS:
+        funcs[f"norm_{features}"] = norm.add_rms_norm(
+            tokens=None, features=features, eps=1e-5, dtype="float16", target="cuda"
+        )
     funcs["sample"] = sampling.sample(batch=None, vocab=VOCAB, max_len=MAX_LEN, target="cuda")
     funcs["store"] = sampling.store_logits(batch=None, vocab=VOCAB, target="cuda")
     funcs["take"] = matmul.q4_take(
@@ -247,12 +261,16 @@ class _Runner:
         n, k, batch, q4 = case["n"], case["k"], case["batch"], case["kind"] == "q4_gemv"
         size = n * k * 2 if not q4 else n * k * 9 // 16
         x, weights, want = self.operands(n, k, batch, q4)
-        outs = torch.full((batch, n), torch.nan, device="cuda").half()
+        if case.get("gated"):
+            gate, value = (half.half().double() for half in want.chunk(2, 1))
+            want = torch.nn.functional.silu(gate) * value
+        outs = torch.full(want.shape, torch.nan, device="cuda").half()
         self.call(case["name"], x, *weights[0], outs)
         error = ((outs.double() - want).abs().max() / want.abs().max()).item()
         calls = [lambda w=w: self.call(case["name"], x, *w, outs) for w in weights]
         us = self.time(calls)
-        self.report(case, error, 2e-3, us=us, TBps=size / us / 1e6, plan=case["used"])
+        bound = 6e-3 if case.get("gated") else 2e-3  # a product of two such sums
+        self.report(case, error, bound, us=us, TBps=size / us / 1e6, plan=case["used"])
 
     def cache(self, case: dict[str, Any]) -> tuple[Any, Any, Any]:
         torch = self.torch
@@ -339,25 +357,49 @@ class _Runner:
         rows = torch.tensor([1, 0, 1, 0, 0], device="cuda", dtype=torch.int32)
         at = torch.tensor([0, 7, 4000, -1, 33], device="cuda", dtype=torch.int32)
         out = torch.empty_like(q)
-        args = (q, k, v, table, *pages, table_of, rows, at, 1, out)
-        self.call("append", *args)
 
         def rotate(x: Any) -> Any:
             c, s = (table[:, i, None].double() for i in range(2))
             a, b = x[..., :64].double(), x[..., 64:].double()
             return torch.cat([a * c - b * s, b * c + a * s], -1)
 
-        error = (out - rotate(q)).abs().max().item()
         wanted = [torch.zeros(shape, device="cuda", dtype=torch.double) for _ in range(2)]
         for t in (0, 1, 2, 4):
             page, slot = table_of[rows[t], at[t] // PAGE], at[t] % PAGE
             wanted[0][1, page, :, slot] = rotate(k)[t]
             wanted[1][1, page, :, slot] = v[t].double()
-        error = max(
-            error, *((p - w).abs().max().item() for p, w in zip(pages, wanted, strict=True))
-        )
-        us = self.time([lambda: self.call("append", *args)] * 10)
-        self.report({"name": "rotary_append"}, error, 4e-3, us=us)
+        qkv = torch.cat([x.flatten(1) for x in (q, k, v)], 1)
+        for name, read in (("append", (q, k, v)), ("append_joined", (qkv,))):
+            for p in (*pages, out):
+                p.zero_()
+            args = (*read, table, *pages, table_of, rows, at, 1, out)
+            self.call(name, *args)
+            error = (out - rotate(q)).abs().max().item()
+            error = max(
+                error, *((p - w).abs().max().item() for p, w in zip(pages, wanted, strict=True))
+            )
+            us = self.time([lambda name=name, args=args: self.call(name, *args)] * 10)
+            self.report({"name": f"rotary_{name}"}, error, 4e-3, us=us)
+
+    def norm(self, case: dict[str, Any]) -> None:
+        torch = self.torch
+        for features in NORMS:
+            x, y = (torch.randn(5, features, device="cuda").half() for _ in range(2))
+            weight = torch.randn(features, device="cuda").half()
+            outs = [torch.full_like(x, torch.nan) for _ in range(2)]
+            self.call(f"norm_{features}", x, y, weight, *outs)
+            total = (x + y).double()
+            scale = (total.square().mean(1, keepdim=True) + 1e-5).rsqrt()
+            want = total * scale * weight.double()
+            error = ((outs[1].double() - want).abs().max() / want.abs().max()).item()
+            error += 0.0 if torch.equal(outs[0], x + y) else 1.0
+            one = [a[:1] for a in (x, y)], [a[:1] for a in outs]
+
+            def once(features: int = features, weight: Any = weight, one: Any = one) -> None:
+                self.call(f"norm_{features}", *one[0], weight, *one[1])
+
+            us = self.time([once] * 10)
+            self.report({"name": f"add_rms_norm_{features}"}, error, 1e-3, us=us)
 
     def sample(self, case: dict[str, Any]) -> None:
         torch = self.torch
