@@ -18,8 +18,10 @@ from shardwright.compiler import cuda, linear, pipeline
 from shardwright.compiler.axes import BLOCK, AxisRules, DeviceMesh
 from shardwright.compiler.checkpoint import Checkpoint
 from shardwright.compiler.explain import explain
+from shardwright.compiler.fuse import FUSIONS
 from shardwright.compiler.lower import lower_abstract
 from shardwright.compiler.partition import Partitioned, partition
+from shardwright.compiler.peer import PEER_PASS, PeerState, peer_state
 from shardwright.compiler.placement import Placement, local_shape
 from shardwright.compiler.quantization import Quantization, quantization
 from shardwright.compiler.rules import shape_of
@@ -61,7 +63,8 @@ class BuildOptions:
     """What to build. `model` is a directory or a Hugging Face name; `out` the artefact directory.
 
     `max_seq_len` and `prefill_chunk_size` are in tokens, `max_batch_size` in rows. Left out, they
-    are the model's length up to 4096, and 256 (CPU) or 2048 (CUDA).
+    are the model's length up to 4096, and 256 (CPU) or 2048 (CUDA). `disable_pass` names fusions
+    to leave out, which helps to find what changed a result.
     """
 
     model: str
@@ -78,6 +81,7 @@ class BuildOptions:
     dummy_weights: bool = False
     explain: bool = False
     dump_ir: Path | None = None
+    disable_pass: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,9 +123,14 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
     with progress.step("Partition"):
         model = family.model(config, scheme.dtype)
         program = partition_program(model, scheme, limits, options.num_shards, options.dump_ir)
+    peer = None
+    if options.target == "cuda" and PEER_PASS not in options.disable_pass:
+        peer = peer_state(program.mod, options.num_shards)
     with progress.step("Compile"):
         library = options.out / "model.so"
-        workspace, functions = compile_program(program, target, limits, library, options.dump_ir)
+        workspace, functions = compile_program(
+            program, target, limits, library, peer, options.dump_ir, options.disable_pass
+        )
     files = {"model.so": artifact.file_entry(library)}
     if with_weights:
         files |= _write_weights(checkpoint, program, config, options, progress)
@@ -132,6 +141,8 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
         for name, s in program.traced.state.items()
     }
     state["rank"] = artifact.TensorSpec("rank", (1,), "int32")
+    for name, (shape, dtype) in (peer.tensors if peer else {}).items():
+        state[name] = artifact.TensorSpec(name, shape, dtype)
     manifest = artifact.Manifest(
         version=__version__,
         name=options.out.resolve().name,
@@ -169,7 +180,11 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
 
 
 def target_of(options: BuildOptions) -> tvm.target.Target:
-    """TVM's target for the options. Raises UsageError for one that cannot be built."""
+    """TVM's target for the options. Raises UsageError for what cannot be built."""
+    for name in options.disable_pass:
+        if name not in (*FUSIONS, PEER_PASS):
+            known = ", ".join((*FUSIONS, PEER_PASS))
+            raise UsageError(f"--disable-pass {name} is unknown; choose one of {known}")
     if not 1 <= options.num_shards <= MAX_RANKS:
         raise UsageError(f"--num-shards {options.num_shards}: must be from 1 to {MAX_RANKS}")
     if options.target == "cuda":
@@ -258,12 +273,17 @@ def compile_program(
     target: tvm.target.Target,
     limits: Limits,
     library: Path,
+    peer: PeerState | None = None,
     dump_ir: Path | None = None,
+    disable_pass: tuple[str, ...] = (),
 ) -> tuple[int, dict[str, artifact.Function]]:
-    """Lower and compile `program` to `library`; bytes of workspace, and function signatures."""
+    """Lower and compile `program` to `library`; bytes of workspace, and function signatures.
+
+    With `peer` there are decode functions that reduce over peer memory as well.
+    """
     workspace = PlanWorkspace()
     with target, without_source_context():
-        mod = lower_abstract(program.mod, target)
+        mod = lower_abstract(program.mod, target, peer, frozenset(disable_pass))
         pipeline.dump(mod, dump_ir, "3-lowered")
         prefill = mod["prefill"]
         bound = {"n": limits.prefill_chunk_size}

@@ -13,8 +13,9 @@ import tvm
 from tvm import relax, te
 
 from shardwright.compiler.fuse import FUSIONS
-from shardwright.compiler.kernels import attention, gemv, matmul, norm, rotary, sampling
+from shardwright.compiler.kernels import all_reduce, attention, gemv, matmul, norm, rotary, sampling
 from shardwright.compiler.linear import Rewriter
+from shardwright.compiler.peer import PeerState, add_peer_decode
 from shardwright.compiler.rules import op_name, operands_of, shape_of
 
 GEMV_MAX_BATCH = 8
@@ -24,7 +25,7 @@ GEMV_MAX_BATCH = 8
 def lower_abstract(
     mod: tvm.IRModule,
     target: tvm.target.Target,
-    peer: object = None,
+    peer: PeerState | None = None,
     disabled: frozenset[str] = frozenset(),
 ) -> tvm.IRModule:
     """Replace every abstract operation and collective of `mod` by calls of kernels for `target`.
@@ -34,6 +35,8 @@ def lower_abstract(
     for name, fuse in FUSIONS.items():
         if name not in disabled:
             mod = fuse(mod)
+    if peer is not None:
+        mod = add_peer_decode(mod, peer)
     bb = relax.BlockBuilder()
     kernels = _Kernels(bb, "cpu" if target.kind.name == "llvm" else str(target.kind.name))
     functions = {
@@ -341,6 +344,26 @@ def _take(k: _Kernels, _call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     return k.bb.call_te(pick, *args, primfunc_name_hint="take")
 
 
+def _peer_all_reduce(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    kernel = k.kernel(all_reduce.all_reduce, **_peer_shapes(*args[:3]))
+    return relax.call_tir(kernel, args, call.ty)
+
+
+def _peer_all_reduce_add_rms_norm(
+    k: _Kernels, call: relax.Call, args: list[relax.Expr]
+) -> relax.Expr:
+    *tensors, eps = args
+    shapes = _peer_shapes(tensors[1], *tensors[3:5])
+    kernel = k.kernel(all_reduce.all_reduce_add_rms_norm, **shapes, eps=_value(eps))
+    return relax.call_tir(kernel, tensors, list(call.ty.fields))
+
+
+def _peer_shapes(x: relax.Expr, peers: relax.Expr, calls: relax.Expr) -> dict[str, int]:
+    tokens, features = shape_of(x)
+    ranks, rows = shape_of(peers)[0] - 1, shape_of(calls)[0]
+    return {"tokens": tokens, "features": features, "ranks": ranks, "rows": rows}
+
+
 def _all_reduce(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     return relax.call_dps_packed("shardwright.all_reduce", relax.Tuple(args), out_ty=call.ty)
 
@@ -366,6 +389,8 @@ LOWERINGS: dict[str, Lowering] = {
     "shardwright.embed": _embed,
     "shardwright.q4_embed": _q4_embed,
     "relax.take": _take,
+    "shardwright.peer_all_reduce": _peer_all_reduce,
+    "shardwright.peer_all_reduce_add_rms_norm": _peer_all_reduce_add_rms_norm,
     "relax.ccl.allreduce": _all_reduce,
     "relax.ccl.allgather": _all_gather,
 }

@@ -17,6 +17,7 @@ from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.rules import op_name, operands_of, shape_of
 
 SUFFIX = "_peer"
+PEER_PASS = "add_peer_decode"
 MAX_ROWS = 64
 """Most tokens of one all-reduce; above it NCCL's bandwidth counts for more than its latency."""
 
