@@ -7,10 +7,13 @@ error and their exit code here.
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,6 +47,40 @@ class _Group(click.Group):
 @click.version_option(__version__, prog_name="shardwright")
 def cli() -> None:
     """Compile one language-model definition into an SPMD library for N ranks, and run it."""
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt here, and the only thing standard error tells about it.
+
+    An exception that crosses TVM's C++ comes out as a RuntimeError, and what it unwinds there
+    writes warnings. From the signal to the end of the block nothing is written.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    interrupted = False
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        os.dup2(nowhere, 2)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except BaseException:
+        if not interrupted:
+            raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def _target(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -104,12 +141,12 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 @click.option("--disable-pass", multiple=True, metavar="NAME", help="Leave out a fusion.")
 def build(output: Path, arch: tuple[str, ...], **options: Any) -> None:
     """Compile a Hugging Face checkpoint into a directory that `chat` runs."""
-    # The compiler takes seconds to load, and only this command may load it.
-    from shardwright.compiler.build import BuildOptions
-    from shardwright.compiler.build import build as run_build
-
     began = time.monotonic()
-    with TerminalProgress() as progress:
+    with TerminalProgress() as progress, _interruptible():
+        # The compiler takes seconds to load, and only this command may load it.
+        from shardwright.compiler.build import BuildOptions
+        from shardwright.compiler.build import build as run_build
+
         result = run_build(BuildOptions(out=output, archs=arch, **options), progress=progress)
     if options["explain"]:
         click.echo(result.explanation.rstrip("\n"))
@@ -213,6 +250,15 @@ def _print_error(error: BaseException) -> None:
     click.echo(f"Error: {text or type(error).__name__}", err=True)
 
 
+def _print_usage_error(error: click.ClickException) -> None:
+    context = getattr(error, "ctx", None)
+    if context is None or error.message == context.get_help():
+        error.show()  # a command without arguments: its help
+        return
+    hint = f"`{context.command_path} --help` shows the options"
+    _print_error(InputError(f"{error.format_message().rstrip('.')}; {hint}"))
+
+
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     click.echo(f"Warning: {message}", err=True)
 
@@ -224,7 +270,7 @@ def run(args: Sequence[str] | None = None) -> int:
         try:
             return cli.main(args=args, prog_name="shardwright", standalone_mode=False) or 0
         except click.ClickException as error:
-            error.show()
+            _print_usage_error(error)
             return error.exit_code
         except ShardwrightError as error:
             _print_error(error)

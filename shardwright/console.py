@@ -111,25 +111,24 @@ def print_manifest(manifest: Manifest, tensors: bool = False) -> None:
     """Print what an artefact is and what it needs; with `tensors`, every weight too."""
     # A pipe has no width to fit: nothing may be cut off there.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
-    console.print(_summary(manifest))
-    memory = rank_memory(manifest)
-    table = _table("Memory of each rank", "use", "bytes", "")
-    for use, count in [*memory.items(), ("total", sum(memory.values()))]:
-        table.add_row(use, str(count), size(count))
-    console.print(table)
-    table = _table("Functions", "name", "arguments")
+    tables = [_summary(manifest), _memory(manifest)]
+    tables.append(_table("Functions", "name", "arguments"))
     for name, function in manifest.functions.items():
-        table.add_row(name, str(len(function.args)))
-    console.print(table)
-    table = _table("Files", "name", "bytes", "", "sha256")
+        tables[-1].add_row(name, str(len(function.args)))
+    tables.append(_table("Files", "name", "bytes", "", "sha256"))
     for name, entry in manifest.files.items():
-        table.add_row(name, str(entry.bytes), size(entry.bytes), entry.sha256[:16])
-    console.print(table)
+        tables[-1].add_row(name, str(entry.bytes), size(entry.bytes), entry.sha256[:16])
     if tensors:
-        table = _table("Tensors of each rank", "name", "local shape", "dtype", "placement")
+        tables.append(_table("Tensors of each rank", "name", "local shape", "dtype", "placement"))
         for weight in manifest.weights:
-            table.add_row(weight.name, str(list(weight.shape)), weight.dtype, weight.placement)
-        console.print(table)
+            shape = str(list(weight.shape))
+            tables[-1].add_row(weight.name, shape, weight.dtype, weight.placement)
+    with console.capture() as shown:
+        for table in tables:
+            console.print(table)
+            console.print()
+    # rich fills every line up to the table's width.
+    print("\n".join(line.rstrip() for line in shown.get().rstrip().splitlines()))
 
 
 def verify_files(directory: Path, manifest: Manifest) -> None:
@@ -160,9 +159,19 @@ def _summary(manifest: Manifest) -> Table:
         "weights": _weights(manifest),
         "built by": f"Shardwright {manifest.version}, manifest schema {manifest.schema}",
     }
-    table = Table(title=manifest.name, title_justify="left", show_header=False, box=None)
+    table = Table(
+        title=manifest.name, title_justify="left", show_header=False, box=None, pad_edge=False
+    )
     for name, value in rows.items():
         table.add_row(name, value)
+    return table
+
+
+def _memory(manifest: Manifest) -> Table:
+    memory = rank_memory(manifest)
+    table = _table("Memory of each rank", "use", "bytes", "")
+    for use, count in [*memory.items(), ("total", sum(memory.values()))]:
+        table.add_row(use, str(count), size(count))
     return table
 
 
@@ -173,7 +182,9 @@ def _weights(manifest: Manifest) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
     for column in columns:
         numeric = column in ("bytes", "arguments", "")
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,12 +51,14 @@ def write_artifact(path: Path) -> Path:
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Stands in for `compiler.build`; `calls` are the options it was given."""
-    fake = SimpleNamespace(calls=[], error=None)
+    fake = SimpleNamespace(calls=[], error=None, act=None)
 
     def build(options: Any, progress: Any) -> SimpleNamespace:
         fake.calls.append(options)
         with progress.step("Partition"), progress.step("Write weights", 100) as advance:
             advance(40)
+            if fake.act is not None:
+                fake.act()
             if fake.error is not None:
                 raise fake.error
         write_artifact(options.out)
@@ -115,6 +119,7 @@ def test_build_passes_every_option(
     args = f"build --model m -o {out} --quantization q0f16 --num-shards 3 --target cuda"
     args += " --arch sm_89,sm_90a --max-seq-len 2048 --max-batch-size 4 --prefill-chunk-size 128"
     args += f" --use-cuda-graph --build-model-only --dummy-weights --explain --dump-ir {ir}"
+    args += " --disable-pass fuse_qkv --disable-pass fuse_add_norm"
     assert cli.run(args.split()) == 0
     (options,) = compiler.calls
     assert vars(options) == {
@@ -132,6 +137,7 @@ def test_build_passes_every_option(
         "dummy_weights": True,
         "explain": True,
         "dump_ir": ir,
+        "disable_pass": ("fuse_qkv", "fuse_add_norm"),
     }
     captured = capsys.readouterr()
     assert captured.out.splitlines()[0] == "placements"
@@ -163,7 +169,7 @@ def test_wrong_usage_exits_with_2(
     assert cli.run(["build", "--model", "m", "-o", "x", *args.split()]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.out == ""
-    assert captured.err.splitlines()[-1].startswith("Error: ")
+    assert captured.err.startswith("Error: ") and captured.err.count("\n") == 1
     assert compiler.calls == []
 
 
@@ -186,6 +192,23 @@ def test_each_failure_is_one_line(
     compiler.error = error
     assert cli.run(["build", "--model", "m", "-o", str(tmp_path / "x")]) == code
     assert capsys.readouterr().err == line + "\n"
+
+
+def test_an_interrupt_is_one_line_whatever_it_becomes_in_the_compiler(
+    compiler: SimpleNamespace, tmp_path: Path, capfd: Captured
+) -> None:
+    def act() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            os.write(2, b"a warning of what is unwound\n")
+            raise RuntimeError("as TVM makes of it") from None
+
+    compiler.act = act
+    before = signal.getsignal(signal.SIGINT)
+    assert cli.run(["build", "--model", "m", "-o", str(tmp_path / "x")]) == 130
+    assert capfd.readouterr().err == "Interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_chat_answers_one_prompt_with_its_options(
