@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # Checks that need NVIDIA GPUs: kernels, the demo model's tokens, decoding speed.
-# Needs nvcc and, in the active environment, `pip install -e '.[cuda,dev]'`.
+# Needs nvcc of a CUDA 13 toolkit, g++ and Python >= 3.10; installs into .venv-gpu.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+python3 -m venv .venv-gpu
+. .venv-gpu/bin/activate
+pip install --quiet --editable '.[cuda,dev]'
 
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
 arch=sm_$capability
