@@ -7,11 +7,13 @@ error and their exit code here.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -71,9 +73,15 @@ def _interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if not interrupted:
             raise
+        # What the stack still holds goes now, while its warnings are not shown.
+        unwound: BaseException | None = error
+        while unwound is not None:
+            traceback.clear_frames(unwound.__traceback__)
+            unwound = unwound.__context__
+        gc.collect()
     finally:
         signal.signal(signal.SIGINT, before)
         os.dup2(stderr, 2)
