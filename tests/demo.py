@@ -1,7 +1,7 @@
 """The demo model's greedy answers, which every target and number of ranks must give.
 
-    python tests/demo.py [--nccl] [ARTEFACT ...]    compare artefacts with them
-    python tests/demo.py --write                    write them again, from one CPU rank
+python tests/demo.py [--nccl] [ARTEFACT ...]    compare artefacts with them
+python tests/demo.py --write                    write them again, from one CPU rank
 """
 
 import json
