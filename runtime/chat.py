@@ -70,9 +70,9 @@ class ChatModule:
     """A built model that answers text; a context manager, the end of which ends every worker.
 
     `model` is the directory that `shardwright build` wrote. `progress` is called during loading
-    with the bytes that rank 0 has read and their total. Raises ArtifactError if it is missing,
-    damaged or has no tokenizer, UsageError if `chat_config.num_shards` is not the model's, and what
-    `Session` raises.
+    with the bytes that rank 0 has read and their total; `collectives` is "auto" or "nccl", see
+    `Session`. Raises ArtifactError if it is missing, damaged or has no tokenizer, UsageError if
+    `chat_config.num_shards` is not the model's, and what `Session` raises.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class ChatModule:
         chat_config: ChatConfig | None = None,
         *,
         progress: Callable[[int, int], None] | None = None,
+        collectives: str = "auto",
     ) -> None:
         self.config = chat_config or ChatConfig()
         directory = Path(model)
@@ -100,7 +101,7 @@ class ChatModule:
         self._defaults = _model_defaults(defaults)
         self._eos = _eos_ids(manifest, defaults)
         self._messages: list[Message] = []
-        self.session = Session(directory, progress=progress)
+        self.session = Session(directory, progress=progress, collectives=collectives)
 
     def __enter__(self) -> ChatModule:
         return self

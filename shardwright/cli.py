@@ -181,12 +181,19 @@ def build(output: Path, arch: tuple[str, ...], **options: Any) -> None:
 @click.option("--stop", multiple=True, help="End at this text, not shown. May be repeated.")
 @click.option("--seed", type=int, help="Seed of the sampling.")
 @click.option("--stats", is_flag=True, help="Print tokens per second and memory at the end.")
+@click.option(
+    "--collectives",
+    default="auto",
+    show_default=True,
+    help="auto, or nccl to keep GPUs from summing in each other's memory.",
+)
 def chat(
     directory: Path,
     prompt: str | None,
     system_prompt: str | None,
     stats: bool,
     stop: tuple[str, ...],
+    collectives: str,
     **sampling: Any,
 ) -> None:
     """Talk to a built model. In a conversation: /reset, /stats, /exit."""
@@ -195,7 +202,9 @@ def chat(
     sampling["stop"] = stop or None
     config = ChatConfig(system_prompt=system_prompt, **sampling)
     with TerminalProgress() as progress, progress.bar("Load") as bar:
-        module = ChatModule(model=directory, chat_config=config, progress=bar)
+        module = ChatModule(
+            model=directory, chat_config=config, progress=bar, collectives=collectives
+        )
     with module:
         if prompt is None:
             _converse(module)

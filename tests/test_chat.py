@@ -35,7 +35,8 @@ class FakeSession:
 
     script: ClassVar[list[str]] = []
 
-    def __init__(self, directory: Path, progress: Any = None) -> None:
+    def __init__(self, directory: Path, progress: Any = None, collectives: str = "auto") -> None:
+        self.collectives = collectives
         self.tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.calls: list[tuple[list[str], SamplingParams]] = []
         self.steps = self.resets = 0
@@ -119,6 +120,7 @@ def test_a_conversation_is_rendered_whole_at_each_turn(artifact: Path) -> None:
         FakeSession.script = ["42", "wörld", "again"]
         assert cm.generate(prompt="17 + 25?") == "42"
         assert cm.generate(prompt="héllo") == "wörld"
+        assert cm.session.collectives == "auto"
         prompts = [call[0] for call in cm.session.calls]
         assert prompts == [["<u>17 + 25?</s><a>"], ["<u>17 + 25?</s><a>42</s><u>héllo</s><a>"]]
         assert [m["content"] for m in cm.messages] == ["17 + 25?", "42", "héllo", "wörld"]
@@ -142,7 +144,8 @@ def test_messages_replace_the_conversation_and_the_system_prompt_begins_it(artif
 
 
 def test_a_batch_is_rows_of_one_turn(artifact: Path) -> None:
-    cm = ChatModule(artifact)
+    cm = ChatModule(artifact, collectives="nccl")
+    assert cm.session.collectives == "nccl"
     FakeSession.script = ["first", "1", "a longer answer", ""]
     cm.generate("turn")
     assert cm.generate(["a", "bcd", "ef"]) == ["1", "a longer answer", ""]

@@ -75,7 +75,8 @@ class FakeChat:
 
     instances: list["FakeChat"] = []
 
-    def __init__(self, model: Path, chat_config: Any, progress: Any) -> None:
+    def __init__(self, model: Path, chat_config: Any, progress: Any, collectives: str) -> None:
+        self.collectives = collectives
         progress(5, 10)
         self.model, self.config = model, chat_config
         self.resets, self.closed = 0, False
@@ -216,12 +217,12 @@ def test_chat_answers_one_prompt_with_its_options(
 ) -> None:
     args = "--prompt hello --temperature 0.5 --top-p 0.9 --top-k 7 --repetition-penalty 1.1"
     args += " --no-repeat-ngram-size 3 --min-new-tokens 2 --max-new-tokens 9 --seed 11"
-    args += " --stop A --stop B --system brief --stats"
+    args += " --stop A --stop B --system brief --stats --collectives nccl"
     assert cli.run(["chat", str(tmp_path), *args.split()]) == 0
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("HELLO\n", "decode: 10.0 tok/s\n")
     (module,) = fake_chat.instances
-    assert module.closed and module.model == tmp_path
+    assert module.closed and module.model == tmp_path and module.collectives == "nccl"
     assert module.config == chat.ChatConfig(
         temperature=0.5,
         top_p=0.9,
