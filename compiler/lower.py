@@ -144,9 +144,13 @@ def _add_rms_norm(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> rela
 
 
 def _attention(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
-    *tensors, layer, scale = args
+    *tensors, layer, scale, window, softcap = args
     q, k_pages, page_table = tensors[0], tensors[1], tensors[3]
-    shapes = _cache_shapes(k, q, k_pages, page_table) | {"scale": _value(scale)}
+    shapes = _cache_shapes(k, q, k_pages, page_table) | {
+        "scale": _value(scale),
+        "window": _value(window),
+        "softcap": _value(softcap),
+    }
     if k.target == "cpu":
         kernel = k.kernel(attention.attention_cpu, **shapes)
         return relax.call_tir(kernel, [*tensors, layer], call.ty)
@@ -154,10 +158,11 @@ def _attention(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.E
         kernel = k.kernel(attention.attention_prefill, **shapes, target=k.target)
         return relax.call_tir(kernel, [*tensors, layer], call.ty)
     n, heads, head_dim = shape_of(q)
+    max_len = shapes["max_pages"] * shapes["page_size"]
     splits = attention.num_splits(
         tokens=n,
         kv_heads=shapes["kv_heads"],
-        max_len=shapes["max_pages"] * shapes["page_size"],
+        max_len=min(max_len, shapes["window"] or max_len),
     )
     kernel = k.kernel(attention.attention_partial, **shapes, splits=splits, target=k.target)
     types = [

@@ -235,7 +235,7 @@ ABSTRACT_RULES: dict[str, Rule] = {
         check=_attention_check,
     ),
     "shardwright.attention": parse(
-        "N q D, L P k S D, L P k S D, B M, N, N, (), () -> N q D", check=_attention_check
+        "N q D, L P k S D, L P k S D, B M, N, N, (), (), (), () -> N q D", check=_attention_check
     ),
     # A look-up in a table cut along its rows, by the rank's number.
     "shardwright.embed": parse("v E, N, R -> N E", sums=frozenset("v")),

@@ -118,11 +118,23 @@ class Cache:
         )
         return out
 
-    def attend(self, q: nn.Tensor, layer: int, scale: float) -> nn.Tensor:
-        """Causal attention of q [n, heads, head_dim] over the cache; same shape."""
+    def attend(
+        self,
+        q: nn.Tensor,
+        layer: int,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> nn.Tensor:
+        """Causal attention of q [n, heads, head_dim] over the cache; same shape.
+
+        With a `window` a token sees that many positions, its own the last. With a `softcap` c a
+        score s, after `scale`, becomes `c * tanh(s / c)`.
+        """
+        masks: list[int | float] = [window or 0, softcap or 0.0]
         (out,) = abstract(
             "attention",
-            [q, self.k_pages, self.v_pages, *self._where(), layer, scale],
+            [q, self.k_pages, self.v_pages, *self._where(), layer, scale, *masks],
             like=[q],
         )
         return out

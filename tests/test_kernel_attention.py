@@ -55,7 +55,7 @@ class Paged:
         return cache[layer, self.table[row, at // self.page_size], :, at % self.page_size]
 
 
-def attend(q, paged, rows, positions, layer, scale):
+def attend(q, paged, rows, positions, layer, scale, window=0, softcap=0.0):
     out = np.zeros(q.shape)
     group = q.shape[1] // paged.sizes["kv_heads"]
     for t, (row, position) in enumerate(zip(rows, positions, strict=True)):
@@ -64,23 +64,31 @@ def attend(q, paged, rows, positions, layer, scale):
         k = paged.rows_of(paged.k, layer, row, position + 1).astype("float64").repeat(group, 1)
         v = paged.rows_of(paged.v, layer, row, position + 1).astype("float64").repeat(group, 1)
         s = np.einsum("hd,phd->hp", q[t].astype("float64"), k) * scale
+        if softcap:
+            s = softcap * np.tanh(s / softcap)
+        if window:
+            s[:, : max(0, position + 1 - window)] = -np.inf
         w = np.exp(s - s.max(1, keepdims=True))
         out[t] = np.einsum("hp,phd->hd", w / w.sum(1, keepdims=True), v)
     return out
 
 
-def check_attention(paged, heads, rows, positions, layer=1, tokens=None):
+def check_attention(paged, heads, rows, positions, layer=1, tokens=None, scale=None, **masks):
     rng = np.random.default_rng(1)
     dtype, head_dim = paged.sizes["dtype"], paged.sizes["head_dim"]
     q = rng.standard_normal((len(rows), heads, head_dim)).astype(dtype)
     rows, positions = np.array(rows, "int32"), np.array(positions, "int32")
     out = np.full(q.shape, 7, dtype)
-    scale = 1 / math.sqrt(head_dim)
-    kernel = build(attention.attention_cpu(tokens=tokens, heads=heads, scale=scale, **paged.sizes))
+    scale = scale or 1 / math.sqrt(head_dim)
+    sizes = paged.sizes | masks
+    kernel = build(attention.attention_cpu(tokens=tokens, heads=heads, scale=scale, **sizes))
     kernel(q, paged.k, paged.v, paged.table, rows, positions, layer, out)
     tolerance = 2e-5 if dtype == "float32" else 2e-3
     np.testing.assert_allclose(
-        out, attend(q, paged, rows, positions, layer, scale), atol=tolerance, rtol=tolerance
+        out,
+        attend(q, paged, rows, positions, layer, scale, **masks),
+        atol=tolerance,
+        rtol=tolerance,
     )
 
 
@@ -107,6 +115,20 @@ def test_ragged_prefill_with_inactive_tokens():
 def test_contexts(context):
     paged = Paged([context, 3], kv_heads=1, head_dim=32, page_size=16, dtype="float32")
     check_attention(paged, 2, [0, 1], [context - 1, 2], layer=0)
+
+
+@pytest.mark.parametrize("window", [1, 4, 5, 40, 41])
+def test_windows_shorter_and_longer_than_the_context(window):
+    paged = Paged([40, 5, 9], kv_heads=2, head_dim=8, page_size=4, dtype="float32")
+    rows, positions = [0, 1, 0, 2, 0], [39, 4, 3, -1, 0]
+    check_attention(paged, 4, rows, positions, window=window)
+
+
+@pytest.mark.parametrize("masks", [{"softcap": 5.0}, {"softcap": 30.0, "window": 7}])
+def test_soft_capped_scores(masks):
+    # Scores of some tens, so that the cap shows.
+    paged = Paged([33, 5], kv_heads=2, head_dim=16, page_size=4, dtype="float32")
+    check_attention(paged, 4, [0, 1, 0], [32, 4, 9], scale=4.0, **masks)
 
 
 def test_large_scores_do_not_overflow():

@@ -36,6 +36,12 @@ def test_attention(kind, heads, kv_heads, head_dim):
     assert "__shfl_xor_sync" in source(func)
 
 
+def test_attention_with_a_window_and_capped_scores():
+    shapes = dict(heads=8, kv_heads=4, head_dim=256, scale=0.1, window=100, softcap=50.0)
+    func = attention_gpu.attention_partial(tokens=2, splits=3, target="cuda", **shapes, **CACHE)
+    assert "tanhf" in source(func) and "99" in source(func)
+
+
 def test_attention_refuses_odd_head_dims():
     with pytest.raises(UsageError, match="multiple of 8"):
         attention_gpu.tiling(group=1, head_dim=65, dtype="float16", warp=32)

@@ -341,10 +341,12 @@ def expected_layer(x, p, rotary, cache, layer):
     )
     q, *cache["pages"] = (emit(relax.TupleGetItem(called, i)) for i in range(3))
     scale = relax.prim_value(tvm.tirx.FloatImm("float64", 0.25))
+    none = [tvm.tirx.IntImm("int64", 0), tvm.tirx.FloatImm("float64", 0.0)]
+    unmasked = [relax.prim_value(x) for x in none]
     out = emit(
         relax.call_dps_packed(
             "shardwright.attention",
-            relax.Tuple([q, *cache["pages"], *cache["where"], number, scale]),
+            relax.Tuple([q, *cache["pages"], *cache["where"], number, scale, *unmasked]),
             out_ty=q_type,
         )
     )

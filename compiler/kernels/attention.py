@@ -13,7 +13,7 @@ from .attention_gpu import (
     attention_prefill,
     num_splits,
 )
-from .common import SCHEDULED, extent, lanes_for
+from .common import SCHEDULED, extent, lanes_for, window_start
 
 __all__ = [
     "attention_combine",
@@ -37,12 +37,15 @@ def attention_cpu(
     max_pages: int,
     dtype: str,
     scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tirx.PrimFunc:
     """Attention for CPUs, parallel over tokens and heads, with an online softmax in float32.
 
     `(q [n,H,D], k_pages, v_pages, page_table [B,P] i32, rows [n] i32, positions [n] i32,
     layer i64) -> out [n,H,D]`. Query head h reads kv head `h // (H // K)` of positions 0 up to the
-    token's own. Tokens of position -1 give zeros.
+    token's own. Tokens of position -1 give zeros. A `window` leaves only so many positions, the
+    last ones; a `softcap` c makes each score s `c * tanh(s / c)`; 0 is none.
     """
     n = extent(tokens)
     group = heads // kv_heads
@@ -86,7 +89,9 @@ def attention_cpu(
                         acc[c * lanes + l] = T.float32(0)
                 highest: T.float32 = T.float32(-3.0e38)
                 total: T.float32 = T.float32(0)
-                for p in T.serial(positions[t] + 1):
+                begin: T.let[T.int32] = window_start(positions[t], window)
+                for step in T.serial(positions[t] + 1 - begin):
+                    p: T.let[T.int32] = begin + step
                     page: T.let[T.int32] = page_table[rows[t], p // page_size]
                     for l in T.vectorized(lanes):
                         dot[l] = T.float32(0)
@@ -99,6 +104,8 @@ def attention_cpu(
                     score: T.float32 = T.float32(0)
                     for l in T.unroll(lanes):
                         score = score + dot[l]
+                    if softcap > 0:
+                        score = T.tanh(score * T.float32(1 / softcap)) * T.float32(softcap)
                     if score > highest:
                         rescale: T.let[T.float32] = T.exp(highest - score)
                         total = total * rescale

@@ -21,7 +21,7 @@ from tvm.script import tirx as T
 
 from shardwright.errors import UsageError
 
-from .common import SCHEDULED, extent, lanes_for, shuffle_xor, warp_size_of
+from .common import SCHEDULED, extent, lanes_for, shuffle_xor, warp_size_of, window_start
 
 WARPS = 4  # of a block
 FULL_GPU = 396  # blocks that keep a large GPU busy: three for each of 132 multiprocessors
@@ -101,8 +101,12 @@ def _attention(
     splits: int,
     whole: bool,
     target: Any,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tirx.PrimFunc:
     n = extent(tokens)
+    # Scores are to base 2; those to be capped come as what tanh takes.
+    query_scale = scale / softcap if softcap else scale * LOG2E
     warp = warp_size_of(target)
     group = heads // kv_heads
     tile = tiling(group=group, head_dim=head_dim, dtype=dtype, warp=warp)
@@ -150,7 +154,7 @@ def _attention(
                             lane * width + e,
                         ],
                         "float32",
-                    ) * T.float32(scale * LOG2E)
+                    ) * T.float32(query_scale)
         for it in T.serial((end - begin + step - 1) // step):
             for u in T.unroll(unroll):
                 # Past the end, read the last position again and give it no weight.
@@ -168,6 +172,10 @@ def _attention(
                     for s in T.unroll(lanes.bit_length() - 1):
                         score[u * queries + g] = score[u * queries + g] + shuffle_xor(
                             score[u * queries + g], T.shift_right(lanes // 2, s), warp
+                        )
+                    if softcap > 0:
+                        score[u * queries + g] = T.tanh(score[u * queries + g]) * T.float32(
+                            softcap * LOG2E
                         )
             for g in T.unroll(queries):
                 above: T.float32 = highest[g]
@@ -270,7 +278,8 @@ def _attention(
                             length: T.let[T.int32] = positions[t] + 1
                             if length > 0:
                                 softmax_piece(q, k_pages, v_pages, page_table, rows, t, layer, kp,
-                                              0, length, tid, total, highest, all_acc)  # fmt: skip
+                                              window_start(positions[t], window), length, tid,
+                                              total, highest, all_acc)  # fmt: skip
                                 if tid == 0:
                                     for g in T.unroll(queries):
                                         masses[g] = total[g]
@@ -325,10 +334,12 @@ def _attention(
                                 (WARPS, queries * head_dim), "float32", scope="shared"
                             )
                             length: T.let[T.int32] = positions[t] + 1
-                            size: T.let[T.int32] = _piece(length, splits, step)
-                            if piece * size < length:
+                            first: T.let[T.int32] = window_start(positions[t], window)
+                            size: T.let[T.int32] = _piece(length - first, splits, step)
+                            begin: T.let[T.int32] = first + piece * size
+                            if begin < length:
                                 softmax_piece(q, k_pages, v_pages, page_table, rows, t, layer, kp,
-                                              piece * size, T.min(piece * size + size, length), tid,
+                                              begin, T.min(begin + size, length), tid,
                                               total, highest, all_acc)  # fmt: skip
                                 if tid == 0:
                                     for g in T.unroll(queries):
@@ -367,7 +378,8 @@ def attention_partial(*, splits: int, **sizes: Any) -> tirx.PrimFunc:
     `(q [n,H,D], k_pages, v_pages, page_table [B,P] i32, rows [n] i32, positions [n] i32, layer i64)
     -> (sums [splits,n,H,D] f32, stats [splits,n,H,2] f32)`; stats are the maximum (of scores in
     base 2) and the mass. The sums of a piece without mass stay unwritten. `sizes`: tokens, heads,
-    kv_heads, head_dim, layers, pages, page_size, batch, max_pages, dtype, scale, target.
+    kv_heads, head_dim, layers, pages, page_size, batch, max_pages, dtype, scale, target, and
+    `window` and `softcap` as for `attention_cpu`.
     """
     return _attention(splits=splits, whole=False, **sizes)
 

@@ -38,6 +38,11 @@ def lanes_for(length: int, widest: int = 16) -> int:
     return lanes
 
 
+def window_start(position: Any, window: int) -> Any:
+    """The first position that a token at `position` attends to; 0 where there is no window."""
+    return T.max(position - (window - 1), 0) if window else T.int32(0)
+
+
 def is_gpu(target: Any) -> bool:
     """Whether `target` ("cpu", "cuda", "rocm", or an object with such a `kind`) is a GPU."""
     kind = target if isinstance(target, str) else getattr(target.kind, "name", target.kind)
