@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwright.errors import BuildError
-from shardwright.runtime.artifact import FileEntry
+from shardwright.runtime.artifact import PIECE_BYTES, FileEntry
 
 _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "float32": ("F32", np.dtype("<f4")),
@@ -33,6 +34,7 @@ class ShardWriter:
     def __init__(self, path: Path, tensors: list[tuple[str, tuple[int, ...], str]]) -> None:
         self.path = path
         self._digest = hashlib.sha256()
+        self._crc, self._pieces = 0, list[int]()
         self._bytes = 0
         header: dict[str, Any] = {"__metadata__": {"format": "shardwright"}}
         self._plan: list[tuple[str, np.dtype[Any], int]] = []
@@ -77,7 +79,9 @@ class ShardWriter:
         if missing:
             raise AssertionError(f"{self.path}: elements not written: {missing[::-1]}")
         self.close()
-        return FileEntry(self._digest.hexdigest(), self._bytes)
+        if self._bytes % PIECE_BYTES:
+            self._pieces.append(self._crc)
+        return FileEntry(self._digest.hexdigest(), self._bytes, tuple(self._pieces))
 
     def close(self) -> None:
         """Close the file, complete or not."""
@@ -88,11 +92,24 @@ class ShardWriter:
 
     def _emit(self, data: bytes | memoryview) -> None:
         self._digest.update(data)
+        self._count_pieces(memoryview(data))
         try:
             self._file.write(data)
         except OSError as error:
             raise self._failed(error) from None
         self._bytes += len(data)
+
+    def _count_pieces(self, data: memoryview) -> None:
+        """Advance the checksum of the current piece, and begin the next where it ends."""
+        position = self._bytes
+        while len(data):
+            room = PIECE_BYTES - position % PIECE_BYTES
+            part, data = data[:room], data[room:]
+            self._crc = zlib.crc32(part, self._crc)
+            position += len(part)
+            if len(part) == room:
+                self._pieces.append(self._crc)
+                self._crc = 0
 
     def _failed(self, error: OSError) -> BuildError:
         return BuildError(

@@ -14,7 +14,7 @@ import os
 import tempfile
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -24,6 +24,11 @@ SCHEMA = 1
 """Version of the manifest's layout; a reader refuses newer ones."""
 
 MANIFEST = "manifest.json"
+
+PIECE_BYTES = 16 << 20
+"""Length of the pieces of a shard that have a checksum of their own."""
+
+_MEND = "copy it again from where it was built, or build the model again"
 
 T = TypeVar("T")
 
@@ -106,10 +111,16 @@ class Function:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Checksum (lower-case hexadecimal) and length of a file of the artefact."""
+    """Checksum (lower-case hexadecimal) and length of a file of the artefact.
+
+    `crc32` are the checksums of its pieces of `PIECE_BYTES`, of shards only: loading checks the
+    pieces as they pass, in several threads, where SHA-256 of the whole would be slower than the
+    link to a GPU. Empty in artefacts of earlier versions.
+    """
 
     sha256: str
     bytes: int
+    crc32: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -234,18 +245,25 @@ def verify_file(directory: str | os.PathLike[str], name: str, entry: FileEntry) 
     Raises ArtifactError if it is missing, truncated or altered.
     """
     path = Path(directory) / name
-    mend = "copy it again from where it was built, or build the model again"
+    check_size(path, entry)
+    try:
+        if sha256_file(path) != entry.sha256:
+            raise ArtifactError(f"{path}: altered, its checksum is not the manifest's; {_MEND}")
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); {_MEND}") from None
+
+
+def check_size(path: Path, entry: FileEntry) -> None:
+    """Raise ArtifactError unless the file is there and has the manifest's length."""
     try:
         size = path.stat().st_size
-        if size != entry.bytes:
-            what = "truncated" if size < entry.bytes else "altered"
-            raise ArtifactError(f"{path}: {what}, {size} bytes instead of {entry.bytes}; {mend}")
-        if sha256_file(path) != entry.sha256:
-            raise ArtifactError(f"{path}: altered, its checksum is not the manifest's; {mend}")
     except FileNotFoundError:
-        raise ArtifactError(f"{path}: missing; {mend}") from None
+        raise ArtifactError(f"{path}: missing; {_MEND}") from None
     except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); {mend}") from None
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); {_MEND}") from None
+    if size != entry.bytes:
+        what = "truncated" if size < entry.bytes else "altered"
+        raise ArtifactError(f"{path}: {what}, {size} bytes instead of {entry.bytes}; {_MEND}")
 
 
 class _MalformedError(Exception):
@@ -264,6 +282,8 @@ def _decode(kind: type[T], data: Any, where: str) -> T:
     for entry in fields(kind):  # type: ignore[arg-type]
         path = f"{where}.{entry.name}" if where else entry.name
         if entry.name not in data:
+            if entry.default is not MISSING:  # a field that earlier versions did not have
+                continue
             raise _MalformedError(f"field `{path}` is missing")
         values[entry.name] = _convert(hints[entry.name], data[entry.name], path)
     return kind(**values)

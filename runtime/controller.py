@@ -76,10 +76,12 @@ class Controller:
             )
             # Without a limit: how long it takes depends on the disk.
             self.receive("loaded", timeout=float("inf"))
-            self.memory = [
-                json.loads((self._directory / f"rank-{rank}.memory").read_text())
+            reports = [
+                json.loads((self._directory / f"rank-{rank}.loaded").read_text())
                 for rank in range(world)
             ]
+            self.memory = [report["memory"] for report in reports]
+            self.load_seconds = [report["seconds"] for report in reports]
         except BaseException:
             self.close()
             raise

@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from shardwright.runtime.collectives import AbortedError
 from shardwright.runtime.cudart import call, check, cudart, done
-from shardwright.runtime.device import POLL_SECONDS, Pending
+from shardwright.runtime.device import POLL_SECONDS, Pending, Uploader
 
 
 class CudaDevice:
@@ -86,6 +86,17 @@ class CudaDevice:
         call(self._cuda, "cudaEventRecord", self._events[slot], self._stream)
         return _CudaRead(self._cuda, self._events[slot], address, count)
 
+    @contextlib.contextmanager
+    def uploader(self, nbytes: int) -> Iterator[Uploader]:
+        """See `Device`."""
+        call(self._cuda, "cudaSetDevice", self.tvm.index)  # it is a property of the thread
+        uploader = _CudaUploader(self._cuda, nbytes)
+        try:
+            yield uploader
+            uploader.wait()
+        finally:
+            uploader.close()
+
     def replay(self, key: Any, program: Callable[[], None]) -> None:
         """See `Device`. The first run loads kernels, the second is captured, later ones replay.
 
@@ -127,6 +138,59 @@ class CudaDevice:
             self._cuda.cudaEventDestroy(event)
         self._cuda.cudaFreeHost(self._pinned)
         self._cuda.cudaStreamDestroy(self._stream)
+
+
+class _CudaUploader:
+    """Pinned buffers and a stream of its own, so that threads do not wait for each other."""
+
+    def __init__(self, cuda: ctypes.CDLL, nbytes: int) -> None:
+        self._cuda = cuda
+        self._nbytes = nbytes
+        self._memory, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
+        call(cuda, "cudaHostAlloc", ctypes.byref(self._memory), ctypes.c_size_t(2 * nbytes), 0)
+        # Not ordered with the legacy stream, whose work would make all threads' copies wait.
+        call(cuda, "cudaStreamCreateWithFlags", ctypes.byref(self._stream), 1)
+        self._events = [ctypes.c_void_p(), ctypes.c_void_p()]
+        blocking, disable_timing = 1, 2
+        for event in self._events:
+            call(cuda, "cudaEventCreateWithFlags", ctypes.byref(event), blocking | disable_timing)
+        self._current = 0
+
+    def buffer(self) -> memoryview:
+        # An event that was never recorded is complete.
+        call(self._cuda, "cudaEventSynchronize", self._events[self._current])
+        memory = (ctypes.c_char * self._nbytes).from_address(self._address())
+        return memoryview(memory).cast("B")
+
+    def put(self, offset: int, address: int, nbytes: int) -> None:
+        to_device = 1
+        call(
+            self._cuda,
+            "cudaMemcpyAsync",
+            ctypes.c_void_p(address),
+            ctypes.c_void_p(self._address() + offset),
+            ctypes.c_size_t(nbytes),
+            to_device,
+            self._stream,
+        )
+
+    def flip(self) -> None:
+        call(self._cuda, "cudaEventRecord", self._events[self._current], self._stream)
+        self._current ^= 1
+
+    def wait(self) -> None:
+        call(self._cuda, "cudaStreamSynchronize", self._stream)
+
+    def close(self) -> None:
+        # After an error too, nothing may be copying from the memory that is freed.
+        self._cuda.cudaStreamSynchronize(self._stream)
+        for event in self._events:
+            self._cuda.cudaEventDestroy(event)
+        self._cuda.cudaStreamDestroy(self._stream)
+        self._cuda.cudaFreeHost(self._memory)
+
+    def _address(self) -> int:
+        return (self._memory.value or 0) + self._current * self._nbytes
 
 
 class _CudaRead:

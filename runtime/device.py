@@ -29,6 +29,19 @@ class Pending(Protocol):
         """The array, once it is ready."""
 
 
+class Uploader(Protocol):
+    """Two host buffers of one thread: one is filled while the other is copied to the device."""
+
+    def buffer(self) -> memoryview:
+        """The buffer to fill; waits until what `put` copies from it has left."""
+
+    def put(self, offset: int, address: int, nbytes: int) -> None:
+        """Start to copy `nbytes` at `offset` in the buffer to the device's memory at `address`."""
+
+    def flip(self) -> None:
+        """Go on with the other buffer."""
+
+
 class Device(Protocol):
     """One rank's device, used from one thread; `Pending` may be polled from another."""
 
@@ -46,6 +59,9 @@ class Device(Protocol):
     def fetch(self, tensor: Any) -> Pending:
         """Start to copy an int32 tensor to the host, after the work enqueued so far."""
 
+    def uploader(self, nbytes: int) -> contextlib.AbstractContextManager[Uploader]:
+        """Copies to new memory from buffers of `nbytes`, for one thread; its end waits for all."""
+
     def replay(self, key: Any, program: Callable[[], None]) -> None:
         """Run `program`, whose addresses and launches never change, in the cheapest way."""
 
@@ -59,6 +75,20 @@ class _Arrived:
 
     def value(self) -> npt.NDArray[np.int32]:
         return self._array
+
+
+class _HostUploader:
+    def __init__(self, nbytes: int) -> None:
+        self._memory = (ctypes.c_char * nbytes)()
+
+    def buffer(self) -> memoryview:
+        return memoryview(self._memory).cast("B")
+
+    def put(self, offset: int, address: int, nbytes: int) -> None:
+        ctypes.memmove(address, ctypes.addressof(self._memory) + offset, nbytes)
+
+    def flip(self) -> None:
+        pass  # copies are done when `put` returns
 
 
 class CpuDevice:
@@ -82,6 +112,10 @@ class CpuDevice:
     def fetch(self, tensor: Any) -> Pending:
         """See `Device`."""
         return _Arrived(tensor.numpy())
+
+    def uploader(self, nbytes: int) -> contextlib.AbstractContextManager[Uploader]:
+        """See `Device`."""
+        return contextlib.nullcontext(_HostUploader(nbytes))
 
     def replay(self, key: Any, program: Callable[[], None]) -> None:
         """See `Device`."""

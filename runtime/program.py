@@ -1,7 +1,7 @@
 """One rank's program: the compiled library, this rank's weights, and the state in device memory."""
 
 import functools
-import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,32 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwright.errors import ArtifactError
-from shardwright.runtime.artifact import Manifest, TensorSpec, shard_name, verify_file
+from shardwright.runtime.artifact import (
+    Manifest,
+    TensorSpec,
+    check_size,
+    shard_name,
+    verify_file,
+)
 from shardwright.runtime.device import Device
-
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+from shardwright.runtime.shard_reader import Progress, locate, read_shard
 
 LIBRARY = "model.so"
 _TEMPLATE_ELEMENTS = 1 << 20
+
+
+class Clock:
+    """Seconds of the phases of a load, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        """A phase ends here."""
+        now = time.monotonic()
+        self.seconds[phase] = now - self._last
+        self._last = now
 
 
 class Program:
@@ -27,7 +45,13 @@ class Program:
     """
 
     def __init__(
-        self, directory: Path, manifest: Manifest, rank: int, device: Device, progress: Progress
+        self,
+        directory: Path,
+        manifest: Manifest,
+        rank: int,
+        device: Device,
+        progress: Progress,
+        clock: Clock,
     ) -> None:
         from tvm.runtime import load_module
         from tvm.runtime.vm import VirtualMachine
@@ -39,7 +63,9 @@ class Program:
         # Checked before it is loaded: mapping a truncated library is a bus error later.
         verify_file(directory, LIBRARY, _entry(manifest, directory, LIBRARY))
         self._vm = VirtualMachine(load_module(str(directory / LIBRARY)), device.tvm)
+        clock.lap("library")
         self._weights = self._load_weights(directory, progress)
+        clock.lap("weights")
         self._state = {spec.name: self._make_state(spec) for spec in manifest.state}
         self._workspace = self._vm["workspace"]()
         chunk, rows = manifest.limits.prefill_chunk_size, manifest.limits.max_batch_size
@@ -51,6 +77,7 @@ class Program:
         self._bind_decode("")
         self._sample_arguments = self._arguments("sample", {})
         del self._fill  # and its templates
+        clock.lap("state")
 
     # Running
 
@@ -158,56 +185,17 @@ class Program:
                 for spec in self._manifest.weights
             }
         name = shard_name(self._rank, self._manifest.mesh.size)
-        entry = _entry(self._manifest, directory, name)
-        check = _Background(functools.partial(verify_file, directory, name, entry))
-        try:
-            return self._read_shard(directory / name, progress)
-        finally:
-            # In the end, so that it takes no time of its own; its error goes before one of reading.
-            check.join()
-
-    def _read_shard(self, path: Path, progress: Progress) -> dict[str, Any]:
-        from safetensors import SafetensorError, safe_open
-
-        weights, done = {}, 0
-        try:
-            with safe_open(str(path), framework="numpy") as shard:
-                total = path.stat().st_size
-                for spec in self._manifest.weights:
-                    array = shard.get_tensor(spec.name)
-                    if array.shape != spec.shape or str(array.dtype) != spec.dtype:
-                        raise ArtifactError(
-                            f"{path}: {spec.name} is {array.dtype}{list(array.shape)}, not "
-                            f"{spec.dtype}{list(spec.shape)}; build the model again"
-                        )
-                    weights[spec.name] = self._empty(spec.shape, spec.dtype).copyfrom(array)
-                    done += array.nbytes
-                    progress(done, total)
-        except (SafetensorError, OSError) as error:
-            raise ArtifactError(
-                f"{path}: cannot be read ({error}); build the model again"
-            ) from None
+        path, entry = directory / name, _entry(self._manifest, directory, name)
+        check_size(path, entry)
+        if not entry.crc32:
+            verify_file(directory, name, entry)
+        places = locate(path, self._manifest.weights)
+        weights = {
+            spec.name: self._empty(spec.shape, spec.dtype) for spec in self._manifest.weights
+        }
+        addresses = {name: int(tensor.data_ptr()) for name, tensor in weights.items()}
+        read_shard(path, entry, places, addresses, self._device, progress)
         return weights
-
-
-class _Background:
-    """A call in a thread of its own; `join` raises what it raised."""
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(call,), daemon=True)
-        self._thread.start()
-
-    def _run(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:  # handed to the thread that joins
-            self._error = error
-
-    def join(self) -> None:
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
 
 
 class _Filler:

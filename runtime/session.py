@@ -204,11 +204,16 @@ class Session:
         """Figures since the session began.
 
         Returns:
-            load_seconds; prefill_tokens, prefill_seconds, prefill_tokens_per_second, and the same
+            load_seconds, and `load_phases`, for each phase the seconds of the slowest rank;
+            prefill_tokens, prefill_seconds, prefill_tokens_per_second, and the same
             for decode; and `ranks`, for each rank the bytes of device memory in weights, cache,
             workspace and other.
         """
-        figures: dict[str, Any] = {"load_seconds": self._load_seconds}
+        phases = self._controller.load_seconds
+        figures: dict[str, Any] = {
+            "load_seconds": self._load_seconds,
+            "load_phases": {name: max(rank[name] for rank in phases) for name in phases[0]},
+        }
         for name, (tokens, seconds) in self._counts.items():
             figures[f"{name}_tokens"] = tokens
             figures[f"{name}_seconds"] = seconds

@@ -34,7 +34,7 @@ from shardwright.runtime.cuda_device import CudaDevice
 from shardwright.runtime.device import CpuDevice, Device
 from shardwright.runtime.nccl import NcclCollectives
 from shardwright.runtime.peer import PeerMemory
-from shardwright.runtime.program import Program
+from shardwright.runtime.program import Clock, Program
 from shardwright.runtime.rows import Piece
 
 _log = logging.getLogger("shardwright")
@@ -104,6 +104,7 @@ class Worker:
         `segment` is the host collectives' shared memory. `collectives` is "auto", or "nccl" for
         NCCL alone.
         """
+        clock = Clock()
         manifest = self._manifest = load_manifest(artifact)
         world = manifest.mesh.size
         if manifest.target.kind == "cuda":
@@ -118,12 +119,14 @@ class Worker:
                 self._collectives = NcclCollectives(
                     self._directory, self.rank, world, gpu.tvm, lambda: gpu.aborted
                 )
+            clock.lap("join")
             self._program = Program(
                 Path(artifact),
                 manifest,
                 self.rank,
                 self._device,
                 lambda done, total: self._publish("progress", (done, total)),
+                clock,
             )
             buffer = self._program.peer_buffer
             if buffer is not None and collectives == "auto":
@@ -134,8 +137,9 @@ class Worker:
                     self._program.use_peers(self._peers.addresses)
                 elif self.rank == 0:
                     _log.warning("GPUs cannot map each other's memory: all-reduces use NCCL")
-            memory = json.dumps(self._program.memory())
-            (self._directory / f"rank-{self.rank}.memory").write_text(memory)
+            clock.lap("peers")
+            report = {"memory": self._program.memory(), "seconds": clock.seconds}
+            (self._directory / f"rank-{self.rank}.loaded").write_text(json.dumps(report))
             if self._collectives is not None:
                 self._collectives.barrier()
             self._device.wait()

@@ -25,15 +25,21 @@ CUDART = """
 #include <cstring>
 #include <cstdint>
 extern "C" {
-int launches, captures, mode, events_until_ready, fail;
+int launches, captures, mode, events_until_ready, fail, waits, freed;
 int cudaSetDevice(int) { return 0; }
-int cudaStreamCreateWithFlags(void** s, unsigned flags) { *s = (void*)0x123456789a; return flags; }
-int cudaEventCreateWithFlags(void** e, unsigned flags) { *e = malloc(1); return flags != 2; }
+int cudaStreamCreateWithFlags(void** s, unsigned flags) {
+  *s = flags ? (void*)0x999999999 : (void*)0x123456789a; return 0; }
+int cudaEventCreateWithFlags(void** e, unsigned flags) { *e = malloc(1); return !(flags & 2); }
+int cudaEventSynchronize(void*) { ++waits; return 0; }
+int cudaStreamSynchronize(void* s) { return s != (void*)0x999999999; }
+int cudaEventDestroy(void*) { ++freed; return 0; }
+int cudaStreamDestroy(void*) { ++freed; return 0; }
+int cudaFreeHost(void*) { ++freed; return 0; }
 int cudaHostAlloc(void** p, size_t n, unsigned) { *p = malloc(n); return 0; }
-int cudaEventRecord(void*, void* s) { return s != (void*)0x123456789a; }
+int cudaEventRecord(void*, void* s) { return (unsigned long)s < 0x100; }
 int cudaEventQuery(void*) { return fail ? fail : events_until_ready-- > 0 ? 600 : 0; }
 int cudaMemcpyAsync(void* to, const void* from, size_t n, int kind, void*) {
-  memcpy(to, from, n); return kind != 2; }
+  memcpy(to, from, n); return kind != 2 && kind != 1; }
 int cudaStreamBeginCapture(void*, int m) { mode = m; return 0; }
 int cudaStreamEndCapture(void*, void** g) { *g = (void*)0xbbbbbbbbbb; ++captures; return 0; }
 int cudaGraphInstantiate(void** e, void* g, unsigned long long flags) {
@@ -88,7 +94,7 @@ def cuda(tmp_path, monkeypatch) -> ctypes.CDLL:
     library = stand_in(CUDART, tmp_path, "cudart_stand_in")
     monkeypatch.setattr(cuda_device, "cudart", lambda: library)
     monkeypatch.setattr(nccl, "cudart", lambda: library)
-    for name in ("launches", "captures", "events_until_ready", "fail"):
+    for name in ("launches", "captures", "events_until_ready", "fail", "waits", "freed"):
         ctypes.c_int.in_dll(library, name).value = 0
     return library
 
@@ -205,3 +211,22 @@ def test_steps_sent_ahead(fake_model, count):
             # And left early, with steps in flight.
             with contextlib.closing(session.generate([prompt], params)) as left:
                 assert next(left) == [expected[0]]
+
+
+def test_uploads_alternate_between_two_pinned_buffers(cuda):
+    gpu = CudaDevice(0, use_graph=False)
+    target = np.zeros(10, np.uint8)
+    with gpu.uploader(4) as uploader:
+        for start in range(0, 10, 4):
+            buffer = uploader.buffer()
+            size = min(4, 10 - start)
+            buffer[:size] = bytes(range(start, start + size))
+            uploader.put(1, target.ctypes.data + start + 1, size - 1)
+            uploader.put(0, target.ctypes.data + start, 1)
+            uploader.flip()
+    assert target.tolist() == list(range(10))
+    # Each buffer is waited for before it is filled; two events, a stream and the memory are freed.
+    assert counter(cuda, "waits").value == 3 and counter(cuda, "freed").value == 4
+    with pytest.raises(KeyError), gpu.uploader(4):
+        raise KeyError
+    assert counter(cuda, "freed").value == 8

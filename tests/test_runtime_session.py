@@ -157,7 +157,9 @@ def test_stats(sessions):
     session = sessions(2)
     session.prefill(PROMPTS)
     stats = session.stats()
-    assert stats["load_seconds"] > 0 and stats["prefill_tokens_per_second"] > 0
+    assert set(stats["load_phases"]) == {"join", "library", "weights", "state", "peers"}
+    assert 0 < sum(stats["load_phases"].values()) <= stats["load_seconds"]
+    assert stats["prefill_tokens_per_second"] > 0
     assert [sorted(rank) for rank in stats["ranks"]] == [
         ["cache", "other", "weights", "workspace"]
     ] * 2
