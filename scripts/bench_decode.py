@@ -1,20 +1,26 @@
-"""Time single-stream decoding of built models and compare it with the floor.
+"""Time decoding of built models, compare it with the floor, and print a table of models x N.
 
-    python scripts/bench_decode.py dist/NAME ... [--context 256] [--tokens 256] [--json FILE]
+    python scripts/bench_decode.py dist/NAME ... [--batch 1 --batch 8] [--context 256]
+        [--prompt 2048] [--stress] [--peers scripts/peers.json] [--json FILE]
 
 The floor of a step is the bytes one GPU must read (its weights but the embedding, of which one row
 is looked up, and its part of the cache) over the bandwidth of a large device-to-device copy that is
 measured in the same run, bytes read and written both counted. Communication is not in the floor.
+Each artefact runs in a process of its own. `scripts/plot_performance.py` draws the JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +32,7 @@ from rich.table import Table
 from shardwright.runtime.artifact import Manifest, load_manifest
 
 COPY_BYTES = 4 << 30
+WINDOW = 32  # steps: the host may see tokens in bursts, so a step's time is a slope
 
 
 def copy_bandwidth() -> float:
@@ -55,8 +62,8 @@ def copy_bandwidth() -> float:
     return 2 * COPY_BYTES / min(times)
 
 
-def step_bytes(manifest: Manifest, context: float) -> float:
-    """Bytes that one rank must read for one token of one row at `context` tokens."""
+def step_bytes(manifest: Manifest, context: float, batch: int = 1) -> float:
+    """Bytes that one rank must read for one token of each of `batch` rows at `context` tokens."""
     weights = 0
     for weight in manifest.weights:
         looked_up = weight.name.startswith("model.embed_tokens.")
@@ -68,47 +75,120 @@ def step_bytes(manifest: Manifest, context: float) -> float:
         if spec.name in ("k_pages", "v_pages"):
             layers, _pages, heads, _page, dim = (int(d) for d in spec.shape)
             cache += layers * heads * dim * np.dtype(spec.dtype).itemsize * context
-    return weights + cache
+    return weights + batch * cache
 
 
-def measure(path: str, context: int, tokens: int) -> dict[str, Any]:
-    """Load an artefact and generate; milliseconds of each step, load and prefill seconds."""
+def model_label(name: str, ranks: int) -> str:
+    """The artefact's name without its number of ranks: `llama-8b-q4-n2` -> `llama-8b-q4`."""
+    return re.sub(rf"[-_.](n|tp|x)?{ranks}$", "", name)
+
+
+@contextlib.contextmanager
+def busy_cores() -> Iterator[int]:
+    """A process that computes without end on every core that this process may use."""
+    cores = sorted(os.sched_getaffinity(0))
+    code = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
+    busy = [subprocess.Popen([sys.executable, "-c", code, str(core)]) for core in cores]
+    try:
+        time.sleep(1.0)
+        yield len(busy)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def time_decode(session: Any, context: int, tokens: int, batch: int) -> dict[str, float]:
+    """Milliseconds a step: median over windows, mean, slowest window."""
+    from shardwright.runtime.sampling import SamplingParams
+
+    vocab = session.manifest.model.vocab_size
+    rng = np.random.default_rng(batch)
+    prompts = rng.integers(3, vocab, (batch, context)).tolist()
+    params = SamplingParams(max_new_tokens=tokens + WINDOW, eos=())
+    stamps = []
+    for _ in session.generate(prompts, params):
+        stamps.append(time.perf_counter())
+    steps = stamps[WINDOW // 2 :]  # past the prefill, with several steps in flight
+    slopes = [(b - a) / WINDOW for a, b in zip(steps, steps[WINDOW:], strict=False)]
+    return {
+        "steps": len(steps) - 1,
+        "ms_per_token": statistics.median(slopes) * 1e3,
+        "mean_ms_per_token": (steps[-1] - steps[0]) / (len(steps) - 1) * 1e3,
+        "slowest_window_ms_per_token": max(slopes) * 1e3,
+    }
+
+
+def time_first_token(session: Any, length: int) -> float:
+    """Seconds from a prompt of `length` tokens to the first token: median of five prompts."""
+    from shardwright.runtime.sampling import SamplingParams
+
+    rng = np.random.default_rng(length)
+    times = []
+    for _ in range(6):
+        prompt = rng.integers(3, session.manifest.model.vocab_size, length).tolist()
+        session.reset()
+        began = time.perf_counter()
+        next(session.generate([prompt], SamplingParams(max_new_tokens=1, eos=())))
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])  # the first loads kernels
+
+
+def measure(
+    path: str, context: int, tokens: int, batches: tuple[int, ...], prompts: tuple[int, ...],
+    stress: bool, collectives: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Load an artefact and time it; batches and prompts beyond its limits are left out."""
     from shardwright import Session
     from shardwright.runtime.sampling import SamplingParams
 
     manifest = load_manifest(path)
-    rng = np.random.default_rng(0)
-    prompt = rng.integers(3, manifest.model.vocab_size, context).tolist()
+    limits = manifest.limits
+    if context + tokens + WINDOW > limits.max_seq_len:
+        raise SystemExit(
+            f"--context {context} and --tokens {tokens} need --max-seq-len "
+            f"{context + tokens + WINDOW} at build time, not {limits.max_seq_len}"
+        )
     began = time.perf_counter()
-    with Session(path) as session:
+    with Session(path, collectives=collectives) as session:
         loaded = time.perf_counter() - began
-        params = SamplingParams(max_new_tokens=tokens + 32, eos=())
-        for _ in session.generate([prompt[::-1]], SamplingParams(max_new_tokens=4, eos=())):
-            pass  # the first run loads kernels and captures the graph
-        began = time.perf_counter()
-        stamps = []
-        for _ in session.generate([prompt], params):
-            stamps.append(time.perf_counter())
-        memory = session.stats()["ranks"][0]
-    # The host sees tokens in bursts, so a step's time is the slope over windows of 32 steps.
-    first_token = stamps[0] - began
-    steps = stamps[16:]
-    slopes = [(b - a) / 32 for a, b in zip(steps, steps[32:], strict=False)]
-    ms = statistics.median(slopes) * 1e3
-    need = step_bytes(manifest, context + tokens / 2)
+        next(session.generate([[3, 4, 5]], SamplingParams(max_new_tokens=1, eos=())))
+        first = time.perf_counter() - began
+        batches = tuple(b for b in batches if b <= limits.max_batch_size)
+        for batch in batches:
+            # Loads kernels, captures the graph, replays it.
+            params = SamplingParams(max_new_tokens=6, eos=())
+            for _ in session.generate([[5, 4, 3 + i] for i in range(batch)], params):
+                pass
+        decode = []
+        for batch in batches:
+            need = step_bytes(manifest, context + tokens / 2, batch)
+            timed = time_decode(session, context, tokens, batch)
+            decode.append({"batch": batch, "bytes_per_step": need, **timed})
+        if stress:
+            with busy_cores() as cores:
+                for entry in decode:
+                    timed = time_decode(session, context, tokens, int(entry["batch"]))
+                    entry["busy_cores"] = cores
+                    entry["busy_ms_per_token"] = timed["ms_per_token"]
+                    entry["busy_mean_ms_per_token"] = timed["mean_ms_per_token"]
+        fitting = [n for n in prompts if n < limits.max_seq_len]
+        seconds = [{"prompt": n, "seconds": time_first_token(session, n)} for n in fitting]
+        stats = session.stats()
     return {
-        "artefact": Path(path).name,
+        "artefact": manifest.name,
+        "model": model_label(manifest.name, manifest.mesh.size),
+        "layers": manifest.model.num_layers,
+        "hidden_size": manifest.model.config.get("hidden_size"),
         "quantization": manifest.quantization,
         "ranks": manifest.mesh.size,
         "context": context,
-        "steps": len(stamps) - 1,
-        "ms_per_token": ms,
-        "mean_ms_per_token": (stamps[-1] - stamps[0]) / (len(stamps) - 1) * 1e3,
-        "bytes_per_step": need,
-        "gb_per_s": need / ms / 1e6,
-        "first_token_s": first_token,
+        "decode": decode,
+        "first_token": seconds,
         "load_s": loaded,
-        "memory": memory,
+        "load_to_first_token_s": first,
+        "load_phases": stats["load_phases"],
+        "memory": stats["ranks"][0],
     }
 
 
@@ -121,59 +201,91 @@ def _isolated(*arguments: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def peer_of(peers: list[dict[str, Any]], result: dict[str, Any], batch: int) -> str:
+    """The peers' figures for a cell, the fastest first."""
+    same = ("layers", "hidden_size", "ranks")
+    bits = 4 if result["quantization"].startswith("q4") else 16
+    found = [
+        p
+        for p in peers
+        if p["batch"] == batch and p["bits"] == bits and all(p[k] == result[k] for k in same)
+    ]
+    return ", ".join(f"{p['ms']:g} {p['engine']}" for p in sorted(found, key=lambda p: p["ms"]))
+
+
+def tables(report: dict[str, Any], peers: list[dict[str, Any]]) -> list[Table]:
+    """Models x N, and a line for each measurement."""
+    good = [r for r in report["results"] if "error" not in r]
+    ranks = sorted({r["ranks"] for r in good})
+    copied = report["copy_bytes_per_s"]
+    title = f"ms per token / floor (copy {copied / 1e12:.2f} TB/s), context {report['context']}"
+    grid = Table("model", "batch", *(f"N = {n}" for n in ranks), title=title)
+    cells: dict[tuple[str, int], dict[int, str]] = {}
+    lines = Table(
+        *("artefact", "N", "batch", "ms/token", "floor", "share", "GB/s a GPU", "busy cores"),
+        *("first token ms", "load s", "peers, ms"),
+        title="each measurement",
+    )
+    for r in good:
+        prompts = ", ".join(f"{1e3 * f['seconds']:.1f} ({f['prompt']})" for f in r["first_token"])
+        for d in r["decode"]:
+            ms, floor = d["ms_per_token"], d["bytes_per_step"] / copied * 1e3
+            cells.setdefault((r["model"], d["batch"]), {})[r["ranks"]] = f"{ms:.2f} / {floor:.2f}"
+            busy = d.get("busy_mean_ms_per_token")
+            slower = f"{busy / d['mean_ms_per_token'] - 1:+.1%}" if busy else ""
+            speed = f"{d['bytes_per_step'] / ms / 1e6:.0f}"
+            lines.add_row(
+                *(r["artefact"], str(r["ranks"]), str(d["batch"]), f"{ms:.3f}", f"{floor:.3f}"),
+                *(f"{floor / ms:.0%}", speed, slower, prompts, f"{r['load_s']:.1f}"),
+                peer_of(peers, r, d["batch"]),
+            )
+    for (model, batch), row in cells.items():
+        grid.add_row(model, str(batch), *(row.get(n, "") for n in ranks))
+    return [grid, lines]
+
+
 @click.command()
 @click.argument("artefacts", nargs=-1)
 @click.option("--context", default=256, show_default=True, help="Tokens in the cache at the start.")
-@click.option("--tokens", default=256, show_default=True, help="Tokens to generate.")
+@click.option("--tokens", default=256, show_default=True, help="Steps to time.")
+@click.option("--batch", "batches", multiple=True, default=(1,), type=int, help="Rows. Repeatable.")
+@click.option("--prompt", "prompts", multiple=True, type=int, help="Time a prompt's first token.")
+@click.option("--stress", is_flag=True, help="Again with a busy process on every core.")
+@click.option("--collectives", default="auto", show_default=True, help="auto or nccl.")
+@click.option("--peers", type=click.Path(path_type=Path, exists=True), help="Others' figures.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write results there.")
 @click.option("--one", hidden=True, is_flag=True)
 @click.option("--copy", hidden=True, is_flag=True)
 def main(
-    artefacts: tuple[str, ...],
-    context: int,
-    tokens: int,
-    json_path: Path | None,
-    one: bool,
-    copy: bool,
-) -> None:
-    """Print ms/token, GB/s per GPU and the share of the copy bandwidth for each artefact."""
+    artefacts: tuple[str, ...], context: int, tokens: int, batches: tuple[int, ...],
+    prompts: tuple[int, ...], stress: bool, collectives: str, peers: Path | None,
+    json_path: Path | None, one: bool, copy: bool,
+) -> None:  # fmt: skip
+    """Print ms/token, floor and share of the copy bandwidth for each artefact and batch."""
     if copy:
         print(json.dumps(copy_bandwidth()))
         return
     if one:
-        print(json.dumps(measure(artefacts[0], context, tokens)))
+        found = measure(artefacts[0], context, tokens, batches, prompts, stress, collectives)
+        print(json.dumps(found))
         return
     copied = _isolated("--copy")
     if isinstance(copied, dict):
         raise click.ClickException(copied["error"])
-    table = Table(title=f"decode, batch 1, context {context}, copy {copied / 1e12:.2f} TB/s")
-    for column in ("model", "N", "ms/token", "floor", "GB/s per GPU", "share", "TTFT s", "load s"):
-        table.add_column(column, justify="right")
-    results = []
-    sizes = ("--context", str(context), "--tokens", str(tokens))
+    options = [f"--context={context}", f"--tokens={tokens}", f"--collectives={collectives}"]
+    options += [f"--batch={b}" for b in batches] + [f"--prompt={p}" for p in prompts]
+    options += ["--stress"] if stress else []
+    report: dict[str, Any] = {"copy_bytes_per_s": copied, "context": context, "results": []}
     for path in artefacts:
-        result = _isolated("--one", path, *sizes)
-        results.append({"path": path, **result})
+        result = _isolated("--one", path, *options)
+        report["results"].append({"path": path, **result})
         if "error" in result:
-            table.add_row(Path(path).name, "", "failed")
             print(f"{path}: {result['error']}", file=sys.stderr)
-            continue
-        floor = result["bytes_per_step"] / copied * 1e3
-        table.add_row(
-            result["artefact"],
-            str(result["ranks"]),
-            f"{result['ms_per_token']:.2f}",
-            f"{floor:.2f}",
-            f"{result['gb_per_s']:.0f}",
-            f"{floor / result['ms_per_token']:.0%}",
-            f"{result['first_token_s']:.2f}",
-            f"{result['load_s']:.1f}",
-        )
-    Console(width=110).print(table)
-    if json_path is not None:
-        text = json.dumps({"copy_bytes_per_s": copied, "results": results}, indent=1)
-        json_path.write_text(text + "\n")
-    if any("error" in r for r in results):
+        if json_path is not None:  # after each: a run that is cut short leaves what it has
+            json_path.write_text(json.dumps(report, indent=1) + "\n")
+    for table in tables(report, json.loads(peers.read_text())["figures"] if peers else []):
+        Console(width=160).print(table)
+    if any("error" in r for r in report["results"]):
         raise SystemExit(1)
 
 
