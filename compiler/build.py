@@ -38,6 +38,8 @@ MAX_RANKS = 16
 DEFAULT_MAX_SEQ_LEN = 4096
 DEFAULT_CHUNK = {"cpu": 256, "cuda": 2048}
 PAGE_SIZE = 16
+PASSES = (*FUSIONS, PEER_PASS, pipeline.DEPENDENT_LAUNCH)
+"""What `--disable-pass` takes."""
 
 
 class Progress(Protocol):
@@ -182,8 +184,8 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
 def target_of(options: BuildOptions) -> tvm.target.Target:
     """TVM's target for the options. Raises UsageError for what cannot be built."""
     for name in options.disable_pass:
-        if name not in (*FUSIONS, PEER_PASS):
-            known = ", ".join((*FUSIONS, PEER_PASS))
+        if name not in PASSES:
+            known = ", ".join(PASSES)
             raise UsageError(f"--disable-pass {name} is unknown; choose one of {known}")
     if not 1 <= options.num_shards <= MAX_RANKS:
         raise UsageError(f"--num-shards {options.num_shards}: must be from 1 to {MAX_RANKS}")
@@ -290,7 +292,8 @@ def compile_program(
         mod.update_func(
             mod.get_global_var("prefill"), prefill.with_attr("tir_var_upper_bound", bound)
         )
-        mod = tvm.transform.Sequential(pipeline.legalize(target) + pipeline.schedule(target))(mod)
+        passes = pipeline.legalize(target) + pipeline.schedule(target, frozenset(disable_pass))
+        mod = tvm.transform.Sequential(passes)(mod)
         pipeline.dump(mod, dump_ir, "4-scheduled")
         mod = tvm.transform.Sequential(pipeline.to_vm(workspace)[:7])(mod)
         functions = {

@@ -20,11 +20,13 @@ from pathlib import Path
 import tvm
 import tvm_ffi
 
+from shardwright.compiler.kernels.common import LAUNCH_DEPENDENTS
 from shardwright.errors import BuildError, UsageError
 from shardwright.runtime.native import load_native
 from shardwright.runtime.tvm_runtime import load_cuda_library
 
 _ARCH = re.compile(r"sm_(\d+)([af]?)")
+_KERNEL = re.compile(r"(\w+)\(\w+\*? ")  # its name, before the first parameter
 
 
 def cuda_target(archs: tuple[str, ...]) -> tvm.target.Target:
@@ -61,9 +63,28 @@ def install_hook(archs: tuple[str, ...]) -> None:
     _load_module_factory()
 
     def compile_source(source: str) -> bytes:
-        return _compile(nvcc, source, archs)
+        return _compile(nvcc, in_order(source), archs)
 
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", compile_source, override=True)
+
+
+def in_order(source: str) -> str:
+    """`source` with reads kept behind `wait_for_inputs` in the kernels that call it.
+
+    Their pointers lose `__restrict__`: nvcc moves reads of memory that a kernel is said not to
+    write across the wait, in both directions, whatever that clobbers.
+    """
+    head, *kernels = re.split(r'(?=^extern "C" __global__)', source, flags=re.MULTILINE)
+    waiting = {
+        match[1]
+        for kernel in kernels
+        if f"{LAUNCH_DEPENDENTS}()" in kernel and (match := _KERNEL.search(kernel))
+    }
+    for i, kernel in enumerate(kernels):
+        match = _KERNEL.search(kernel)
+        if match and match[1] in waiting:
+            kernels[i] = kernel.replace("__restrict__ ", "")
+    return "".join([head, *kernels])
 
 
 def _load_module_factory() -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import tvm
-from tvm import relax
+import tvm_ffi
+from tvm import relax, tirx
 from tvm.s_tir import dlight
 
+from shardwright.compiler.kernels.common import LAUNCH_DEPENDENTS
 from shardwright.compiler.workspace import PlanWorkspace
+
+DEPENDENT_LAUNCH = "dependent_launch"
+"""Name of the pass of that name, which `--disable-pass` takes."""
 
 
 def legalize(target: tvm.target.Target) -> list[tvm.transform.Pass]:
@@ -24,10 +29,13 @@ def legalize(target: tvm.target.Target) -> list[tvm.transform.Pass]:
     ]
 
 
-def schedule(target: tvm.target.Target) -> list[tvm.transform.Pass]:
-    """Kernels without a schedule of ours get dlight's."""
+def schedule(
+    target: tvm.target.Target, disabled: frozenset[str] = frozenset()
+) -> list[tvm.transform.Pass]:
+    """Kernels without a schedule of ours get dlight's; `dependent_launch` may be `disabled`."""
     if target.kind.name == "llvm":
         return []
+    dependent = [] if DEPENDENT_LAUNCH in disabled else [dependent_launch]
     return [
         dlight.ApplyDefaultSchedule(
             dlight.gpu.Matmul(),
@@ -35,8 +43,35 @@ def schedule(target: tvm.target.Target) -> list[tvm.transform.Pass]:
             dlight.gpu.Reduction(),
             dlight.gpu.GeneralReduction(),
             dlight.gpu.Fallback(),
-        )
+        ),
+        *dependent,
     ]
+
+
+@tvm.transform.module_pass(opt_level=0, name=DEPENDENT_LAUNCH)  # type: ignore[untyped-decorator]
+def dependent_launch(mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+    """Start kernels that wait for their inputs themselves before the kernel in front has ended.
+
+    This is programmatic dependent launch: such a kernel calls `launch_dependents` of
+    `kernels/common.py`. It needs sm_90; for older architectures the module is returned as it is.
+    """
+    target = tvm.target.Target.current()
+    if target is None or target.kind.name != "cuda" or int(str(target.attrs["arch"])[3:]) < 90:
+        return mod
+    launched = {
+        # TVM adds the thread axes itself.
+        gv: func.with_attr("tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"])
+        for gv, func in mod.functions_items()
+        if isinstance(func, tirx.PrimFunc) and _launches_dependents(func)
+    }
+    return tvm.IRModule({**dict(mod.functions_items()), **launched})
+
+
+def _launches_dependents(func: tirx.PrimFunc) -> bool:
+    names: set[str] = set()
+    visit = [(tvm.ir.StringImm, lambda node: names.add(str(node.value)))]
+    tvm_ffi.structural_walk(func.body, visit, order="pre")
+    return LAUNCH_DEPENDENTS in names
 
 
 def to_vm(workspace: PlanWorkspace) -> list[tvm.transform.Pass]:

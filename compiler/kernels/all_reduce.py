@@ -17,7 +17,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED
+from .common import SCHEDULED, WAIT_FOR_INPUTS, launch_dependents
 
 # Sizes come as macros; `peers` holds the address of each rank's buffer [2, ranks, rows, features]
 # of 4 bytes, as this process sees it, and last the address of a word that says "give up".
@@ -27,6 +27,7 @@ __device__ __forceinline__ void NAME(
     const int* rank_of, half* sum, half* normed, int row, int tid) {
   constexpr int kRanks = RANKS, kRows = ROWS, kSize = FEATURES, kThreads = THREADS;
   constexpr int kVectors = kSize / 8, kPer = (kVectors + kThreads - 1) / kThreads;
+  WAIT
   const int rank = *rank_of;
   const unsigned flag = (unsigned)calls[row] + 1u;
   const size_t half_of = flag & 1u;
@@ -133,6 +134,7 @@ __device__ __forceinline__ void NAME(
 def _source(fused: bool, ranks: int, rows: int, features: int, threads: int, eps: float) -> Any:
     name = f"shardwright_all_reduce_{'norm_' if fused else ''}{ranks}_{features}"
     text = _SOURCE.replace("kFused", "true" if fused else "false").replace("NAME", name)
+    text = text.replace("WAIT", WAIT_FOR_INPUTS)
     sizes = {"RANKS": ranks, "ROWS": rows, "FEATURES": features, "THREADS": threads}
     for macro, size in sizes.items():
         text = text.replace(f"= {macro}", f"= {size}")
@@ -166,6 +168,7 @@ def all_reduce(*, tokens: int, features: int, ranks: int, rows: int) -> tirx.Pri
             T.writes()
             for row in T.thread_binding(tokens, thread="blockIdx.x"):
                 for tid in T.thread_binding(threads, thread="threadIdx.x"):
+                    launch_dependents("cuda")
                     T.evaluate(
                         T.cuda.func_call(
                             name,
@@ -223,6 +226,7 @@ def all_reduce_add_rms_norm(
             T.writes()
             for row in T.thread_binding(tokens, thread="blockIdx.x"):
                 for tid in T.thread_binding(threads, thread="threadIdx.x"):
+                    launch_dependents("cuda")
                     T.evaluate(
                         T.cuda.func_call(
                             name,

@@ -25,6 +25,39 @@ SCHEDULED: dict[str, Any] = {
 }
 
 
+# The instructions of programmatic dependent launch, which need sm_90. Where the kernel was launched
+# in the ordinary way they do nothing.
+_SM90 = """
+__device__ __forceinline__ void {name}({parameters}) {{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  {body}
+#endif
+}}
+"""
+LAUNCH_DEPENDENTS = "shardwright_launch_dependents"
+"""What a kernel that may start before the one before it has ended calls first."""
+_LAUNCH = _SM90.format(
+    name=LAUNCH_DEPENDENTS, parameters="", body='asm volatile("griddepcontrol.launch_dependents;");'
+)
+WAIT_FOR_INPUTS = """
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+"""
+"""`wait_for_inputs` for the text of a CUDA function."""
+_WAIT = _SM90.format(
+    name="shardwright_wait_for_inputs",
+    parameters="",
+    body='asm volatile("griddepcontrol.wait;" ::: "memory");',
+)
+_PREFETCH = _SM90.format(
+    name="shardwright_prefetch_l2",
+    parameters="const void* first, unsigned bytes",
+    body="""asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
+               :: "l"(__cvta_generic_to_global(first)), "r"(bytes));""",
+)
+
+
 def extent(count: int | None, name: str = "n") -> Any:
     """A number of tokens or rows as a buffer extent: an int, or a fresh symbolic int64."""
     return tirx.Var(name, "int64") if count is None else count
@@ -43,18 +76,21 @@ def window_start(position: Any, window: int) -> Any:
     return T.max(position - (window - 1), 0) if window else T.int32(0)
 
 
+def kind_of(target: Any) -> str:
+    """ "cpu", "cuda" or "rocm", from that or from an object with such a `kind`."""
+    return str(target if isinstance(target, str) else getattr(target.kind, "name", target.kind))
+
+
 def is_gpu(target: Any) -> bool:
-    """Whether `target` ("cpu", "cuda", "rocm", or an object with such a `kind`) is a GPU."""
-    kind = target if isinstance(target, str) else getattr(target.kind, "name", target.kind)
-    return kind in ("cuda", "rocm")
+    """Whether `target`, see `kind_of`, is a GPU."""
+    return kind_of(target) in ("cuda", "rocm")
 
 
 def warp_size_of(target: Any) -> int:
     """Threads that run in lockstep: 64 for ROCm data-centre GPUs, 32 for CUDA, 1 for a CPU."""
     if not is_gpu(target):
         return 1
-    kind = target if isinstance(target, str) else getattr(target.kind, "name", target.kind)
-    return 64 if kind == "rocm" else 32
+    return 64 if kind_of(target) == "rocm" else 32
 
 
 def for_blocks(count: Any, gpu: bool) -> Any:
@@ -70,3 +106,36 @@ def for_threads(count: int, gpu: bool) -> Any:
 def shuffle_xor(value: Any, lane_mask: int, warp: int) -> Any:
     """`value` of the lane whose number differs by `lane_mask`."""
     return T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), value, lane_mask, warp, warp)
+
+
+# Programmatic dependent launch: a kernel that calls `launch_dependents` before all else lets the
+# next kernel of the stream start while it still runs, and is itself started so by the pass
+# `dependent_launch`. Every thread of it must call `wait_for_inputs` before it touches anything that
+# another kernel writes, or reads and is to find unchanged. What never changes (weights, tables) may
+# be read earlier. Neither does anything for targets other than CUDA.
+
+
+@T.inline
+def launch_dependents(target):
+    """From here on the next kernel may start. The first statement of a thread."""
+    if kind_of(target) == "cuda":
+        T.evaluate(T.cuda.func_call(LAUNCH_DEPENDENTS, source_code=_LAUNCH))
+
+
+@T.inline
+def wait_for_inputs(target):
+    """Wait until all kernels before this one have ended and their writes can be seen."""
+    if kind_of(target) == "cuda":
+        T.evaluate(T.cuda.func_call("shardwright_wait_for_inputs", source_code=_WAIT))
+
+
+@T.inline
+def prefetch_l2(target, address, size):
+    """Start to bring `size` bytes from `address` into the L2 cache, both multiples of 16.
+
+    One thread is enough; sm_90 and later, nothing elsewhere.
+    """
+    if kind_of(target) == "cuda":
+        T.evaluate(
+            T.cuda.func_call("shardwright_prefetch_l2", address, size, source_code=_PREFETCH)
+        )

@@ -10,7 +10,15 @@ import tvm
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, extent, lanes_for, shuffle_xor, warp_size_of
+from .common import (
+    SCHEDULED,
+    extent,
+    lanes_for,
+    launch_dependents,
+    shuffle_xor,
+    wait_for_inputs,
+    warp_size_of,
+)
 
 MAX_THREADS = 1024
 
@@ -60,6 +68,7 @@ def add_rms_norm(
             # One block per token; a thread keeps what it read until the norm is known.
             for t in T.thread_binding(n, thread="blockIdx.x"):
                 for tid in T.thread_binding(threads, thread="threadIdx.x"):
+                    launch_dependents(target)
                     scratch = T.alloc_buffer((warps,), "float32", scope="shared")
                     kept = T.alloc_buffer((rounds * lanes,), dtype, scope="local")
                     other = T.alloc_buffer((rounds * lanes,), dtype, scope="local")
@@ -68,11 +77,14 @@ def add_rms_norm(
                     for i in T.unroll(rounds):
                         if i * threads + tid < units:
                             for e in T.vectorized(lanes):
+                                scale[i * lanes + e] = weight[(i * threads + tid) * lanes + e]
+                    wait_for_inputs(target)
+                    for i in T.unroll(rounds):
+                        if i * threads + tid < units:
+                            for e in T.vectorized(lanes):
                                 kept[i * lanes + e] = x[t, (i * threads + tid) * lanes + e]
                             for e in T.vectorized(lanes):
                                 other[i * lanes + e] = y[t, (i * threads + tid) * lanes + e]
-                            for e in T.vectorized(lanes):
-                                scale[i * lanes + e] = weight[(i * threads + tid) * lanes + e]
                     for i in T.unroll(rounds):
                         if i * threads + tid < units:
                             for e in T.unroll(lanes):

@@ -9,7 +9,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, extent, for_blocks, is_gpu
+from .common import SCHEDULED, extent, for_blocks, is_gpu, launch_dependents, wait_for_inputs
 
 
 def rotary_table(
@@ -51,7 +51,9 @@ def rotary_table(
                 T.writes()
                 for t in T.thread_binding(n, thread="blockIdx.x"):
                     for j in T.thread_binding(half, thread="threadIdx.x"):
+                        launch_dependents(target)
                         freq: T.float32 = inv_freq[j]
+                        wait_for_inputs(target)
                         if dynamic:
                             if lengths[t] > limit:
                                 ratio: T.let[T.float32] = T.cast(lengths[t], "float32") * T.float32(
@@ -153,6 +155,8 @@ def rotary_append(
         for t in for_blocks(n, gpu):
             for part in each_head():
                 for j in each_pair():
+                    launch_dependents(target)
+                    wait_for_inputs(target)
                     if part < heads:
                         q0: T.let = turned(q, t, part, 0, table, j)[0]
                         q1: T.let = turned(q, t, part, 0, table, j)[1]

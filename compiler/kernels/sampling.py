@@ -15,7 +15,17 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, extent, for_blocks, for_threads, is_gpu, shuffle_xor, warp_size_of
+from .common import (
+    SCHEDULED,
+    extent,
+    for_blocks,
+    for_threads,
+    is_gpu,
+    launch_dependents,
+    shuffle_xor,
+    wait_for_inputs,
+    warp_size_of,
+)
 
 LOWEST = -3.0e38  # logits are clamped to finite numbers at this; NaN and below become -infinity
 MASK32 = 0xFFFFFFFF
@@ -294,6 +304,8 @@ def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.
             T.writes()
             for r in for_blocks(b, gpu):
                 for tid in for_threads(threads, gpu):
+                    launch_dependents(target)
+                    wait_for_inputs(target)
                     scratch = T.alloc_buffer((warps,), "float32", scope=shared)
                     scratch_int = T.alloc_buffer((warps,), "int32", scope=shared)
                     position: T.int32 = positions[r]
@@ -378,6 +390,8 @@ def store_logits(*, batch: int | None, vocab: int, target: Any) -> tirx.PrimFunc
             T.writes()
             for rb in for_blocks(b * blocks, gpu):
                 for tid in for_threads(threads, gpu):
+                    launch_dependents(target)
+                    wait_for_inputs(target)
                     if last[rb // blocks] >= 0:
                         for i in T.serial(per_block // threads):
                             at: T.let[T.int32] = (
