@@ -77,7 +77,7 @@ def window_start(position: Any, window: int) -> Any:
 
 
 def kind_of(target: Any) -> str:
-    """ "cpu", "cuda" or "rocm", from that or from an object with such a `kind`."""
+    """The kind of `target`: "cpu", "cuda" or "rocm", or an object with such a `kind`."""
     return str(target if isinstance(target, str) else getattr(target.kind, "name", target.kind))
 
 
