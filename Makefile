@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 DEMO := dist/demo
 QUESTION ?= What is 17 plus 25?
 
-.PHONY: demo test lint clean check
+.PHONY: demo test test-families lint clean check
 
 # The demo model on two ranks of this machine's CPU.
 demo: $(VENV)/.installed
@@ -20,7 +20,11 @@ demo: $(VENV)/.installed
 
 # All tests that need neither a GPU nor torch.
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest -m "not gpu and not reference"
+	$(BIN)/pytest -m "not gpu and not reference and not matrix"
+
+# Every model family at every number of ranks; `make test` has one number for each.
+test-families: $(VENV)/.installed-dev
+	$(BIN)/pytest tests/test_families.py -m "not gpu and not reference"
 
 # mypy does not follow the folder mapping of an editable install, and it would take the folder
 # shardwright/ for the whole package if it ran here; so it reads a plain copy from build/lint.

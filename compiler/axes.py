@@ -22,6 +22,7 @@ AXIS_RULES: dict[str, str | None] = {
     "kv_heads": "tp",
     "mlp": "tp",
     "embed": None,
+    "head_dim": None,
 }
 """Logical axis of a parameter's dimension -> mesh axis, None for not sharded."""
 

@@ -203,6 +203,8 @@ RULES: dict[str, Callable[[relax.Call], Rule]] = {
     "relax.maximum": _elementwise("no"),
     "relax.minimum": _elementwise("no"),
     "relax.nn.silu": _elementwise("no"),
+    "relax.nn.gelu_tanh": _elementwise("no"),
+    "relax.tanh": _elementwise("no"),
     "relax.astype": _elementwise("no"),
 }
 

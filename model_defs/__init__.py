@@ -13,6 +13,8 @@ from typing import Any
 from shardwright.errors import ConfigError
 from shardwright.model_defs.config import LlamaConfig
 from shardwright.model_defs.llama import LlamaForCausalLM
+from shardwright.model_defs.mistral import MistralConfig
+from shardwright.model_defs.qwen import Qwen2Config, Qwen3Config, Qwen3ForCausalLM
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,12 @@ class Family:
     model: type[LlamaForCausalLM]
 
 
-FAMILIES: dict[str, Family] = {"LlamaForCausalLM": Family(LlamaConfig, LlamaForCausalLM)}
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family(LlamaConfig, LlamaForCausalLM),
+    "MistralForCausalLM": Family(MistralConfig, LlamaForCausalLM),
+    "Qwen2ForCausalLM": Family(Qwen2Config, LlamaForCausalLM),
+    "Qwen3ForCausalLM": Family(Qwen3Config, Qwen3ForCausalLM),
+}
 
 
 def family_of(config: dict[str, Any]) -> tuple[str, Family]:

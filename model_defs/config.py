@@ -7,17 +7,20 @@ error that names it; keys known not to matter are listed in `IGNORED`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
 
 from shardwright.errors import ConfigError
 from shardwright.model_defs.fields import Reader
 from shardwright.model_defs.rope import RopeScaling, inv_freq, read_rope
 
-__all__ = ["LlamaConfig", "RopeScaling", "inv_freq"]
+__all__ = ["LlamaConfig", "RopeScaling", "inv_freq", "read_windows"]
 
 DTYPES = ("float32", "float16", "bfloat16")
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+"""The entries of `layer_types`."""
 
 IGNORED = frozenset(
     """
@@ -49,14 +52,30 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pruned_heads": (None, {}),
     "quantization_config": (None,),
     "sliding_window": (None,),
+    "use_mrope": (False, None),
     "use_sliding_window": (False, None),
 }
-"""Keys that are supported at these values only."""
+"""Keys that are supported at these values only, but for the families that read them."""
+
+
+Config = TypeVar("Config", bound="LlamaConfig")
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Everything the Llama model definition depends on. Lengths are in elements, global."""
+    """Everything the Llama model definition depends on. Lengths are in elements, global.
+
+    Other families derive from it and state what differs: the value of a key that is absent
+    (`defaults`), the keys they read besides these fields (`reads`) and know to be without effect
+    (`ignores`), and, in `values`, how fields are read. `layer_types` says for each layer whether
+    `sliding_window`, the positions a token sees, applies; empty is for none.
+    """
+
+    model_type: ClassVar[str] = "llama"
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    reads: ClassVar[frozenset[str]] = frozenset()
+    ignores: ClassVar[frozenset[str]] = frozenset()
+    activations: ClassVar[tuple[str, ...]] = ("silu",)
 
     vocab_size: int
     hidden_size: int
@@ -73,19 +92,25 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] = ()
     bos_token_id: tuple[int, ...] = ()
     eos_token_id: tuple[int, ...] = ()
     dtype: str | None = None
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> LlamaConfig:
+    def from_hf(cls: type[Config], config: Mapping[str, Any]) -> Config:
         """Read the contents of a `config.json`; missing optional keys take transformers' defaults.
 
         Raises ConfigError, naming the field, for a value of the wrong type or out of range and for
         any key that is neither supported nor listed in `IGNORED`.
         """
-        get = Reader(config)
-        _refuse_unsupported(config)
+        _refuse_unsupported(cls, config)
+        return cls(**cls.values(Reader({**cls.defaults, **config})))
+
+    @classmethod
+    def values(cls, get: Reader) -> dict[str, Any]:
+        """The fields by name, as `from_hf` reads them."""
         heads = get.integer("num_attention_heads")
         hidden = get.integer("hidden_size")
         kv_heads = get.integer("num_key_value_heads", heads)
@@ -95,50 +120,88 @@ class LlamaConfig:
             )
         head_dim = _head_dim(get, hidden, heads)
         max_positions = get.integer("max_position_embeddings", 2048)
-        theta, scaling = read_rope(config, max_positions, head_dim)
-        return cls(
-            vocab_size=get.integer("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=get.integer("intermediate_size"),
-            num_hidden_layers=get.integer("num_hidden_layers"),
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            max_position_embeddings=max_positions,
-            rms_norm_eps=get.number("rms_norm_eps", 1e-6),
-            hidden_act=get.choice("hidden_act", ("silu",), "silu"),
-            attention_bias=get.boolean("attention_bias", False),
-            mlp_bias=get.boolean("mlp_bias", False),
-            tie_word_embeddings=get.boolean("tie_word_embeddings", False),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            bos_token_id=get.tokens("bos_token_id"),
-            eos_token_id=get.tokens("eos_token_id"),
-            dtype=_read_dtype(get),
-        )
+        theta, scaling = read_rope(get.values, max_positions, head_dim)
+        return {
+            "vocab_size": get.integer("vocab_size"),
+            "hidden_size": hidden,
+            "intermediate_size": get.integer("intermediate_size"),
+            "num_hidden_layers": get.integer("num_hidden_layers"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "max_position_embeddings": max_positions,
+            "rms_norm_eps": get.number("rms_norm_eps", 1e-6),
+            "hidden_act": get.choice("hidden_act", cls.activations, cls.activations[0]),
+            "attention_bias": get.boolean("attention_bias", False),
+            "mlp_bias": get.boolean("mlp_bias", False),
+            "tie_word_embeddings": get.boolean("tie_word_embeddings", False),
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "bos_token_id": get.tokens("bos_token_id"),
+            "eos_token_id": get.tokens("eos_token_id"),
+            "dtype": _read_dtype(get),
+        }
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have biases."""
+        return self.attention_bias
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the projection after attention has a bias."""
+        return self.attention_bias
+
+    @property
+    def attention_scale(self) -> float:
+        """What the products of queries and keys are multiplied with."""
+        return float(self.head_dim**-0.5)
+
+    @property
+    def attention_softcap(self) -> float | None:
+        """The cap of the scores of attention, see `layers.Cache.attend`."""
+        return None
+
+    def window(self, layer: int) -> int | None:
+        """Positions that a token sees in `layer`, its own the last; None for all before it."""
+        slides = bool(self.layer_types) and self.layer_types[layer] == SLIDING
+        return self.sliding_window if slides else None
 
 
-_FIELDS = frozenset(LlamaConfig.__dataclass_fields__) | {
+def read_windows(get: Reader, slides: Callable[[int], bool]) -> dict[str, Any]:
+    """`sliding_window` and `layer_types`; `slides` tells of a layer where the file does not."""
+    count, listed = get.integer("num_hidden_layers"), get.values.get("layer_types")
+    types = listed or [SLIDING if slides(i) else FULL for i in range(count)]
+    if not isinstance(types, list) or len(types) != count or not set(types) <= {SLIDING, FULL}:
+        raise get.fail("layer_types", f"{count} entries, each {SLIDING!r} or {FULL!r}")
+    window = get.maybe_integer("sliding_window")
+    return {"sliding_window": window, "layer_types": tuple(types) if window else ()}
+
+
+_COMMON = frozenset(f.name for f in fields(LlamaConfig)) | {
     "original_max_position_embeddings",
     "rope_parameters",
     "torch_dtype",
 }
+_WINDOWS = {"sliding_window", "layer_types"}
 
 
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+def _refuse_unsupported(family: type[LlamaConfig], config: Mapping[str, Any]) -> None:
     """Raise ConfigError for a key that is unknown, or known and at an unsupported value."""
-    if config.get("model_type", "llama") != "llama":
-        raise ConfigError(f"model_type: expected 'llama', got {config['model_type']!r}")
+    expected = family.model_type
+    if config.get("model_type", expected) != expected:
+        raise ConfigError(f"model_type: expected {expected!r}, got {config['model_type']!r}")
     for key, neutral in _NEUTRAL.items():
-        if key in config and config[key] not in neutral:
+        if key in config and key not in family.reads and config[key] not in neutral:
             value = str(config[key])
             shown = value if len(value) < 40 else value[:37] + "..."
             raise ConfigError(
                 f"{key}: {shown} is not supported; only {neutral[0]!r} is. "
                 "Use a checkpoint without it."
             )
+    known = (_COMMON - _WINDOWS) | _NEUTRAL.keys() | family.reads | family.ignores | IGNORED
     for key in config:
-        if key not in _FIELDS and key not in _NEUTRAL and key not in IGNORED:
+        if key not in known:
             raise ConfigError(
                 f"{key}: unknown field in config.json, so its effect on the model is unknown. "
                 "Remove it if it has none."

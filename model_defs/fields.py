@@ -33,6 +33,14 @@ class Reader:
             raise self.fail(key, "a positive integer")
         return value
 
+    def count(self, key: str, default: int | None = None) -> int:
+        """An integer that is not negative."""
+        return 0 if self.values.get(key) == 0 else self.integer(key, default)
+
+    def maybe_integer(self, key: str) -> int | None:
+        """A positive integer, or None if the field is absent."""
+        return None if self.values.get(key) is None else self.integer(key)
+
     def number(self, key: str, default: float | None = None) -> float:
         """A positive finite number."""
         value = self.values.get(key)

@@ -7,6 +7,7 @@ Every parameter names its dimensions with logical axes (`vocab`, `embed`, `heads
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,23 @@ class Linear(nn.Module):
         return y if self.bias is None else op.add(y, self.bias)
 
 
+def gelu_tanh(x: nn.Tensor) -> nn.Tensor:
+    """GELU in its approximation by tanh, in float32 (arXiv:1606.08415, section 2)."""
+    return as_type(op.gelu(as_type(x, "float32"), approximate="tanh"), x.dtype)
+
+
+def as_type(x: nn.Tensor, dtype: str) -> nn.Tensor:
+    """`x`, cast where it has another dtype."""
+    return x if x.dtype == dtype else op.astype(x, dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[nn.Tensor], nn.Tensor]] = {
+    "silu": op.silu,
+    "gelu_pytorch_tanh": gelu_tanh,
+}
+"""By the name that config.json has for them."""
+
+
 class Embedding(nn.Module):
     """A table [vocab, embed]: looks rows up, and serves as the output matrix where tied."""
 
@@ -51,12 +69,12 @@ class Embedding(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis (arXiv:1910.07467)."""
 
-    def __init__(self, size: int, eps: float, dtype: str) -> None:
-        self.weight = parameter((size,), ("embed",), dtype)
+    def __init__(self, size: int, eps: float, dtype: str, axis: str = "embed") -> None:
+        self.weight = parameter((size,), (axis,), dtype)
         self.eps = eps
 
     def forward(self, x: nn.Tensor) -> nn.Tensor:
-        """x [n, embed] -> [n, embed]."""
+        """x [..., size] -> the same shape."""
         return op.rms_norm(x, self.weight, axes=-1, epsilon=self.eps)
 
 

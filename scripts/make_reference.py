@@ -1,6 +1,6 @@
-"""Compute the logits of tests/reference/golden.npz with transformers (the `reference` extra).
+"""Compute the stored logits of tests/reference with transformers (the `reference` extra).
 
-    python scripts/make_reference.py            # writes tests/reference/golden.npz
+    python scripts/make_reference.py            # writes golden.npz, families.npz, families.json
 
 Each row of a case is run alone, in a freshly loaded model: one forward over the whole prompt, then
 one token at a time with the key-value cache.
@@ -15,37 +15,27 @@ they were written.
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from safetensors import safe_open
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-
-def load_models() -> ModuleType:
-    """Return tests/reference/models.py, which belongs to no package."""
-    if "reference_models" in sys.modules:
-        return sys.modules["reference_models"]
-    path = ROOT / "tests" / "reference" / "models.py"
-    spec = importlib.util.spec_from_file_location("reference_models", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from reference import families, models
 
 
 @torch.no_grad()
 def row_logits(folder: Path, prompt: list[int], fed: list[int]) -> npt.NDArray[np.float32]:
     """Return logits `[1 + len(fed), vocab]`: after the prompt and after each fed token."""
-    model = transformers.LlamaForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     cache, rows = None, []
@@ -56,10 +46,13 @@ def row_logits(folder: Path, prompt: list[int], fed: list[int]) -> npt.NDArray[n
     return np.stack([row.numpy() for row in rows])
 
 
-def compute(case: object) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Return a case's prefill `[rows, vocab]` and decode `[steps, rows, vocab]` logits, fp32."""
+def compute(case: models.Case, source: Any) -> tuple[npt.NDArray[np.float32], ...]:
+    """Return a case's prefill `[rows, vocab]` and decode `[steps, rows, vocab]` logits, fp32.
+
+    `source` is `models` or `families`.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        load_models().write_checkpoint(case, Path(folder))
+        source.write_checkpoint(case, Path(folder))
         rows = [
             row_logits(Path(folder), list(prompt), [step[i] for step in case.decode])
             for i, prompt in enumerate(case.prompts)
@@ -68,16 +61,29 @@ def compute(case: object) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float
     return logits[0], logits[1:]
 
 
+def saved_shapes(case: models.Case) -> dict[str, list[int]]:
+    """Names and shapes of the tensors that transformers saves for the case's config.json."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(case.config))
+        config = transformers.AutoConfig.from_pretrained(folder)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "saved")
+        with safe_open(folder / "saved" / "model.safetensors", "np") as file:
+            return {key: list(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
+
+
 def main() -> None:
     transformers.utils.logging.disable_progress_bar()
-    models = load_models()
-    stored = {}
-    for case in models.cases():
-        prefill, decode = compute(case)
-        stored[f"{case.name}/prefill"], stored[f"{case.name}/decode"] = prefill, decode
-        print(f"{case.name:28} logits {prefill.std():.2f} .. {np.abs(decode).max():.2f}")
-    np.savez_compressed(models.GOLDEN, **stored)
-    print(f"{models.GOLDEN}: {models.GOLDEN.stat().st_size:,} bytes")
+    shapes = {case.name: saved_shapes(case) for case in families.cases()}
+    families.SHAPES.write_text(json.dumps(shapes, indent=1) + "\n")
+    for source in (models, families):
+        stored = {}
+        for case in source.cases():
+            prefill, decode = compute(case, source)
+            stored[f"{case.name}/prefill"], stored[f"{case.name}/decode"] = prefill, decode
+            print(f"{case.name:28} logits {prefill.std():.2f} .. {np.abs(decode).max():.2f}")
+        np.savez_compressed(source.GOLDEN, **stored)
+        print(f"{source.GOLDEN}: {source.GOLDEN.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -4,33 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from parity import TOLERANCE, built, check
 from reference import models
 
 from shardwright import Session
-from shardwright.compiler.build import BuildOptions, build
 
-TOLERANCE = 1e-4
 CASES = {case.name: case for case in models.cases()}
-
-
-def built(case, ranks, tmp_path, **options):
-    checkpoint, out = tmp_path / "checkpoint", tmp_path / "dist"
-    checkpoint.mkdir()
-    models.write_checkpoint(case, checkpoint)
-    defaults = {"quantization": "q0f32", "max_batch_size": 2, "max_seq_len": case.max_len}
-    build(BuildOptions(str(checkpoint), out, num_shards=ranks, **(defaults | options)))
-    return out
-
-
-def check(case, out):
-    golden = models.golden(case)
-    with Session(out) as session:
-        for _ in range(2):  # again after a reset: nothing of the first round may be left
-            got = [session.prefill([list(p) for p in case.prompts])]
-            got += [session.decode(list(tokens)) for tokens in case.decode]
-            for have, want in zip(got, [golden.prefill, *golden.decode], strict=True):
-                assert models.relative_error(have, want) < TOLERANCE
-            session.reset()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -190,24 +190,25 @@ def _raw(name: str, count: int) -> npt.NDArray[np.uint64]:
     return raw
 
 
-def _tokens(name: str, count: int) -> tuple[int, ...]:
+def _tokens(name: str, count: int, vocab: int) -> tuple[int, ...]:
     """`count` token ids from 3 up, so neither padding, bos nor eos."""
-    return tuple(int(3 + value) for value in _raw(name, count) % np.uint64(VOCAB - 3))
+    return tuple(int(3 + value) for value in _raw(name, count) % np.uint64(vocab - 3))
+
+
+def make_case(name: str, config: dict[str, Any], vocab: int, steps: int) -> Case:
+    """The case `name`, whose tokens come from its name."""
+    rows = len(PROMPT_LENGTHS)
+    return Case(
+        name=name,
+        config=config,
+        prompts=tuple((1, *_tokens(f"{name}/{n}", n - 1, vocab)) for n in PROMPT_LENGTHS),
+        decode=tuple(_tokens(f"{name}/step{i}", rows, vocab) for i in range(steps)),
+    )
 
 
 def cases() -> list[Case]:
     """Return all cases, in a fixed order."""
-    return [
-        Case(
-            name=name,
-            config=config,
-            prompts=tuple((1, *_tokens(f"{name}/{n}", n - 1)) for n in PROMPT_LENGTHS),
-            decode=tuple(
-                _tokens(f"{name}/step{i}", len(PROMPT_LENGTHS)) for i in range(DECODE_STEPS)
-            ),
-        )
-        for name, config in _CONFIGS.items()
-    ]
+    return [make_case(name, config, VOCAB, DECODE_STEPS) for name, config in _CONFIGS.items()]
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -239,14 +240,15 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def weights(case: Case) -> dict[str, Array]:
-    """Return the tensors of the checkpoint, fp32.
+def weights(case: Case, shapes: dict[str, tuple[int, ...]] | None = None) -> dict[str, Array]:
+    """Return the tensors of the checkpoint, fp32; `shapes` are those of a Llama if None.
 
     Uniform, with a standard deviation that keeps activations and logits O(1) and attention far
     from flat, so that a wrong position or head shows; norms around 1, biases about 0.3.
     """
     tensors = {}
-    for name, shape in _shapes(case.config).items():
+    tied = case.config.get("tie_word_embeddings", True)
+    for name, shape in (shapes or _shapes(case.config)).items():
         bits = _raw(f"{case.name}/{name}", int(np.prod(shape))) >> np.uint64(11)
         unit = bits.astype(np.float64) * 2.0**-52 - 1.0  # uniform in [-1, 1)
         if "norm" in name:
@@ -256,9 +258,9 @@ def weights(case: Case) -> dict[str, Array]:
         else:
             # A tied embedding is the output layer too, so it is scaled as one.
             deviation = 1.0 if name == "model.embed_tokens.weight" else shape[-1] ** -0.5
-            if case.config["tie_word_embeddings"] and "embed" in name:
+            if tied and "embed" in name:
                 deviation = shape[-1] ** -0.5
-            if "q_proj" in name or "k_proj" in name:
+            if "q_proj" in name or "k_proj" in name or "qkv_proj" in name:
                 deviation *= 1.5
             values = 3**0.5 * deviation * unit
         tensors[name] = values.reshape(shape).astype(np.float32)

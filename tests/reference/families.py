@@ -1,0 +1,120 @@
+"""Small random models of the families other than Llama, and their logits.
+
+As in models.py, a case is rebuilt from its name alone: config.json as its publisher writes it,
+weights from a stream of numbers. Names and shapes of the tensors are those that transformers saves,
+stored in families.json beside the logits in families.npz. scripts/make_reference.py writes both.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from reference import models
+from safetensors.numpy import save_file
+
+FOLDER = Path(__file__).parent
+GOLDEN, SHAPES = FOLDER / "families.npz", FOLDER / "families.json"
+
+VOCAB = 99
+DECODE_STEPS = 32
+
+_TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 104,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+
+
+def _config(architecture: str, model_type: str, **more: Any) -> dict[str, Any]:
+    """A config.json; `more` adds and overrides keys."""
+    return {"architectures": [architecture], "model_type": model_type, **_TINY, **more}
+
+
+_CONFIGS: dict[str, dict[str, Any]] = {
+    # Windows are shorter than the prompts, and rows grow past them.
+    "mistral": _config(
+        "MistralForCausalLM",
+        "mistral",
+        num_attention_heads=8,
+        sliding_window=6,
+        tie_word_embeddings=False,
+    ),
+    "mistral-nemo": _config(
+        "MistralForCausalLM",
+        "mistral",
+        hidden_size=80,
+        head_dim=24,
+        rope_theta=1000000.0,
+        sliding_window=None,
+        tie_word_embeddings=False,
+    ),
+    "qwen2": _config(
+        "Qwen2ForCausalLM",
+        "qwen2",
+        num_attention_heads=6,
+        hidden_size=96,
+        rope_theta=1000000.0,
+        sliding_window=32768,
+        use_sliding_window=False,
+        max_window_layers=21,
+        use_mrope=False,
+        tie_word_embeddings=True,
+    ),
+    "qwen2-window": _config(
+        "Qwen2ForCausalLM",
+        "qwen2",
+        sliding_window=5,
+        use_sliding_window=True,
+        max_window_layers=1,
+        tie_word_embeddings=False,
+    ),
+    "qwen3": _config(
+        "Qwen3ForCausalLM",
+        "qwen3",
+        head_dim=32,
+        num_attention_heads=8,
+        rope_theta=1000000.0,
+        attention_bias=False,
+        sliding_window=None,
+        use_sliding_window=False,
+        max_window_layers=2,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+def cases() -> list[models.Case]:
+    """Return all cases, in a fixed order."""
+    return [
+        models.make_case(name, config, VOCAB, DECODE_STEPS) for name, config in _CONFIGS.items()
+    ]
+
+
+def weights(case: models.Case) -> dict[str, models.Array]:
+    """Return the tensors of the checkpoint, fp32, see `models.weights`."""
+    shapes = json.loads(SHAPES.read_text())[case.name]
+    return models.weights(case, {name: tuple(shape) for name, shape in shapes.items()})
+
+
+def write_checkpoint(case: models.Case, folder: Path) -> None:
+    """Write config.json and model.safetensors into `folder`, which is made if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(case.config, indent=2) + "\n", encoding="utf-8")
+    save_file(weights(case), str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+def golden(case: models.Case) -> models.Golden:
+    """Return the stored logits of a case."""
+    with np.load(GOLDEN) as file:
+        return models.Golden(file[f"{case.name}/prefill"], file[f"{case.name}/decode"])
