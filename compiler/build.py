@@ -14,7 +14,7 @@ import tvm
 from tvm import relax
 
 from shardwright import __version__
-from shardwright.compiler import cuda, linear, pipeline
+from shardwright.compiler import cuda, linear, pipeline, rocm
 from shardwright.compiler.axes import BLOCK, AxisRules, DeviceMesh
 from shardwright.compiler.checkpoint import Checkpoint
 from shardwright.compiler.explain import explain
@@ -36,7 +36,7 @@ from shardwright.runtime import artifact
 
 MAX_RANKS = 16
 DEFAULT_MAX_SEQ_LEN = 4096
-DEFAULT_CHUNK = {"cpu": 256, "cuda": 2048}
+DEFAULT_CHUNK = {"cpu": 256, "cuda": 2048, "rocm": 2048}
 PAGE_SIZE = 16
 PASSES = (*FUSIONS, PEER_PASS, pipeline.DEPENDENT_LAUNCH)
 """What `--disable-pass` takes."""
@@ -65,8 +65,9 @@ class BuildOptions:
     """What to build. `model` is a directory or a Hugging Face name; `out` the artefact directory.
 
     `max_seq_len` and `prefill_chunk_size` are in tokens, `max_batch_size` in rows. Left out, they
-    are the model's length up to 4096, and 256 (CPU) or 2048 (CUDA). `disable_pass` names fusions
-    to leave out, which helps to find what changed a result.
+    are the model's length up to 4096, and 256 (CPU) or 2048 (GPU). `disable_pass` names fusions
+    to leave out, which helps to find what changed a result. `rocm_abi` is the version of AMD code
+    objects, 5 or 6.
     """
 
     model: str
@@ -75,6 +76,7 @@ class BuildOptions:
     num_shards: int = 1
     target: str = "cpu"
     archs: tuple[str, ...] = ()
+    rocm_abi: int = rocm.ABIS[0]
     max_seq_len: int | None = None
     max_batch_size: int = 8
     prefill_chunk_size: int | None = None
@@ -113,7 +115,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
     that do not fit, and ConfigError, CheckpointError, ShardingError or BuildError.
     """
     progress = progress or Silent()
-    target = target_of(options)
+    targets = targets_of(options)
     scheme = quantization(options.quantization)
     with_weights = not (options.build_model_only or options.dummy_weights)
     checkpoint = Checkpoint.open(options.model, weights=with_weights)
@@ -131,7 +133,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
     with progress.step("Compile"):
         library = options.out / "model.so"
         workspace, functions = compile_program(
-            program, target, limits, library, peer, options.dump_ir, options.disable_pass
+            program, targets, limits, library, peer, options.dump_ir, options.disable_pass
         )
     files = {"model.so": artifact.file_entry(library)}
     if with_weights:
@@ -181,8 +183,11 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
     return BuildResult(options.out, _explanation(program) if options.explain else "")
 
 
-def target_of(options: BuildOptions) -> tvm.target.Target:
-    """TVM's target for the options. Raises UsageError for what cannot be built."""
+def targets_of(options: BuildOptions) -> tuple[tvm.target.Target, ...]:
+    """TVM's targets for the options: one, or one for each architecture of AMD GPUs.
+
+    Raises UsageError for what cannot be built, BuildError for a missing tool.
+    """
     for name in options.disable_pass:
         if name not in PASSES:
             known = ", ".join(PASSES)
@@ -192,16 +197,18 @@ def target_of(options: BuildOptions) -> tvm.target.Target:
     if options.target == "cuda":
         target = cuda.cuda_target(options.archs)
         cuda.install_hook(options.archs)
-        return target
+        return (target,)
     if options.target == "rocm":
-        raise UsageError("--target rocm is not built yet; this version builds cpu and cuda")
+        targets = rocm.rocm_targets(options.archs)
+        rocm.install_hooks(options.rocm_abi)
+        return targets
     if options.target != "cpu":
-        raise UsageError(f"--target {options.target} is unknown; choose cpu or cuda")
+        raise UsageError(f"--target {options.target} is unknown; choose cpu, cuda or rocm")
     if options.archs:
-        raise UsageError("--arch is for --target cuda")
+        raise UsageError("--arch is for --target cuda and --target rocm")
     if options.use_cuda_graph:
-        raise UsageError("--use-cuda-graph is for --target cuda")
-    return tvm.target.Target({"kind": "llvm", "mcpu": _host_cpu()})
+        raise UsageError("--use-cuda-graph is for --target cuda and --target rocm")
+    return (tvm.target.Target({"kind": "llvm", "mcpu": _host_cpu()}),)
 
 
 def _host_cpu() -> str:
@@ -272,7 +279,7 @@ def _group(name: str, axes: tuple[str, ...], group: int, config: Any) -> int:
 
 def compile_program(
     program: Program,
-    target: tvm.target.Target,
+    targets: tuple[tvm.target.Target, ...],
     limits: Limits,
     library: Path,
     peer: PeerState | None = None,
@@ -281,31 +288,54 @@ def compile_program(
 ) -> tuple[int, dict[str, artifact.Function]]:
     """Lower and compile `program` to `library`; bytes of workspace, and function signatures.
 
-    With `peer` there are decode functions that reduce over peer memory as well.
+    With `peer` there are decode functions that reduce over peer memory as well. AMD GPUs have a
+    program for each architecture, since waves and with them the launches differ.
     """
-    workspace = PlanWorkspace()
-    with target, without_source_context():
-        mod = lower_abstract(program.mod, target, peer, frozenset(disable_pass))
-        pipeline.dump(mod, dump_ir, "3-lowered")
-        prefill = mod["prefill"]
-        bound = {"n": limits.prefill_chunk_size}
-        mod.update_func(
-            mod.get_global_var("prefill"), prefill.with_attr("tir_var_upper_bound", bound)
-        )
-        passes = pipeline.legalize(target) + pipeline.schedule(target, frozenset(disable_pass))
-        mod = tvm.transform.Sequential(passes)(mod)
-        pipeline.dump(mod, dump_ir, "4-scheduled")
-        mod = tvm.transform.Sequential(pipeline.to_vm(workspace)[:7])(mod)
-        functions = {
-            gv.name_hint: artifact.Function(tuple(map(_argument, func.params)))
-            for gv, func in mod.functions_items()
-            if isinstance(func, relax.Function)
-        }
-        mod = tvm.transform.Sequential(pipeline.to_vm(workspace)[7:])(mod)
-        pipeline.dump(mod, dump_ir, "5-vm")
-        executable = relax.build(mod, target, relax_pipeline=None)
+    compiled = []
+    for target in targets:
+        arch = str(target.attrs.get("mcpu", "")) if target.kind.name == "rocm" else ""
+        with target, without_source_context():
+            dump = dump_ir / arch if dump_ir else None
+            mod, *found = _lower(program, target, limits, peer, dump, frozenset(disable_pass))
+        compiled.append((rocm.for_arch(mod, target, arch) if arch else mod, *found))
+    mods, workspaces, functions = zip(*compiled, strict=True)
+    mod = tvm.IRModule({gv: func for mod in mods for gv, func in mod.functions_items()})
+    if arch:
+        executable = rocm.build(mod, targets)
+    else:
+        with targets[0]:
+            executable = relax.build(mod, targets[0], relax_pipeline=None)
     executable.export_library(str(library))
-    return workspace.bytes, functions
+    return max(workspaces), functions[0]
+
+
+def _lower(
+    program: Program,
+    target: tvm.target.Target,
+    limits: Limits,
+    peer: PeerState | None,
+    dump_ir: Path | None,
+    disabled: frozenset[str],
+) -> tuple[tvm.IRModule, int, dict[str, artifact.Function]]:
+    """VM code for `target`, the bytes of its workspace, and its functions' signatures."""
+    workspace = PlanWorkspace()
+    mod = lower_abstract(program.mod, target, peer, disabled)
+    pipeline.dump(mod, dump_ir, "3-lowered")
+    prefill = mod["prefill"]
+    bound = {"n": limits.prefill_chunk_size}
+    mod.update_func(mod.get_global_var("prefill"), prefill.with_attr("tir_var_upper_bound", bound))
+    passes = pipeline.legalize(target) + pipeline.schedule(target, disabled)
+    mod = tvm.transform.Sequential(passes)(mod)
+    pipeline.dump(mod, dump_ir, "4-scheduled")
+    mod = tvm.transform.Sequential(pipeline.to_vm(workspace)[:7])(mod)
+    functions = {
+        gv.name_hint: artifact.Function(tuple(map(_argument, func.params)))
+        for gv, func in mod.functions_items()
+        if isinstance(func, relax.Function)
+    }
+    mod = tvm.transform.Sequential(pipeline.to_vm(workspace)[7:])(mod)
+    pipeline.dump(mod, dump_ir, "5-vm")
+    return mod, workspace.bytes, functions
 
 
 def _argument(param: relax.Var) -> artifact.TensorSpec:

@@ -13,7 +13,16 @@ import tvm
 from tvm import relax, te
 
 from shardwright.compiler.fuse import FUSIONS
-from shardwright.compiler.kernels import all_reduce, attention, gemv, matmul, norm, rotary, sampling
+from shardwright.compiler.kernels import (
+    all_reduce,
+    attention,
+    gemv,
+    gemv_rocm,
+    matmul,
+    norm,
+    rotary,
+    sampling,
+)
 from shardwright.compiler.linear import Rewriter
 from shardwright.compiler.peer import PeerState, add_peer_decode
 from shardwright.compiler.rules import op_name, operands_of, shape_of
@@ -38,13 +47,19 @@ def lower_abstract(
     if peer is not None:
         mod = add_peer_decode(mod, peer)
     bb = relax.BlockBuilder()
-    kernels = _Kernels(bb, "cpu" if target.kind.name == "llvm" else str(target.kind.name))
+    kernels = _Kernels(bb, target_name(target))
     functions = {
         gv.name_hint: Rewriter(func, kernels.lower, bb=bb).run(gv.name_hint)
         for gv, func in mod.functions_items()
     }
     out = {gv: f for gv, f in bb.get().functions_items() if not isinstance(f, relax.Function)}
     return tvm.IRModule({**out, **{relax.GlobalVar(name): f for name, f in functions.items()}})
+
+
+def target_name(target: tvm.target.Target) -> str:
+    """A target as kernel generators take it: "cpu", "cuda", or "rocm:" and the architecture."""
+    kind = str(target.kind.name)
+    return {"llvm": "cpu", "rocm": f"rocm:{target.attrs.get('mcpu', '')}"}.get(kind, kind)
 
 
 class _Kernels:
@@ -240,7 +255,11 @@ def _matrix_vector(
     few = batch is not None and batch <= GEMV_MAX_BATCH
     if not few or shapes["in_features"] % unit or str(x.ty.dtype) != "float16":
         return None
-    kernel = k.kernel(gemv.q4_gemv if scale else gemv.gemv, batch=batch, **shapes)
+    if k.target == "cuda":
+        kernel = k.kernel(gemv.q4_gemv if scale else gemv.gemv, batch=batch, **shapes)
+    else:
+        generate = gemv_rocm.q4_gemv if scale else gemv_rocm.gemv
+        kernel = k.kernel(generate, batch=batch, **shapes, target=k.target)
     return relax.call_tir(kernel, args, call.ty)
 
 

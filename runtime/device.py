@@ -149,6 +149,11 @@ def check_devices(manifest: Manifest) -> None:
 
     Raises DeviceError otherwise. A model for the CPU always passes.
     """
+    if manifest.target.kind == "rocm":
+        raise DeviceError(
+            f"{manifest.name} was built for AMD GPUs, which this version does not run yet; "
+            "build it with --target cpu or cuda"
+        )
     if manifest.target.kind != "cuda":
         return
     world, found = manifest.mesh.size, device_count()

@@ -30,7 +30,7 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 QUANTIZATIONS = ("q4f16_1", "q0f16", "q0f32")
-TARGETS = ("cpu", "cuda")
+TARGETS = ("cpu", "cuda", "rocm")
 
 
 class _InterruptedError(Exception):
@@ -92,8 +92,6 @@ def _interruptible() -> Iterator[None]:
 
 
 def _target(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    if value == "rocm":
-        raise UsageError("target rocm is not built yet; use --target cuda or --target cpu")
     if value not in TARGETS:
         raise UsageError(f"unknown target {value!r}; use one of {', '.join(TARGETS)}")
     return value
@@ -136,7 +134,14 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
     default="",
     callback=_archs,
     metavar="LIST",
-    help="GPU architectures to compile for, such as sm_89,sm_90a.",
+    help="GPU architectures to compile for, such as sm_89,sm_90a or gfx1100,gfx942.",
+)
+@click.option(
+    "--rocm-abi",
+    default=5,
+    show_default=True,
+    type=int,
+    help="Version of AMD code objects: 5, or 6 for ROCm 6.3 and later.",
 )
 @click.option("--max-seq-len", type=_COUNT, help="Longest row, in tokens. [default: the model's]")
 @click.option("--max-batch-size", default=8, show_default=True, type=_COUNT, help="Most rows.")

@@ -120,7 +120,7 @@ def test_build_passes_every_option(
     args = f"build --model m -o {out} --quantization q0f16 --num-shards 3 --target cuda"
     args += " --arch sm_89,sm_90a --max-seq-len 2048 --max-batch-size 4 --prefill-chunk-size 128"
     args += f" --use-cuda-graph --build-model-only --dummy-weights --explain --dump-ir {ir}"
-    args += " --disable-pass fuse_qkv --disable-pass fuse_add_norm"
+    args += " --disable-pass fuse_qkv --disable-pass fuse_add_norm --rocm-abi 6"
     assert cli.run(args.split()) == 0
     (options,) = compiler.calls
     assert vars(options) == {
@@ -130,6 +130,7 @@ def test_build_passes_every_option(
         "num_shards": 3,
         "target": "cuda",
         "archs": ("sm_89", "sm_90a"),
+        "rocm_abi": 6,
         "max_seq_len": 2048,
         "max_batch_size": 4,
         "prefill_chunk_size": 128,
@@ -157,8 +158,7 @@ def test_build_options_are_those_of_the_compiler() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--target rocm", "target rocm is not built yet"),
-        ("--target tpu", "unknown target 'tpu'; use one of cpu, cuda"),
+        ("--target tpu", "unknown target 'tpu'; use one of cpu, cuda, rocm"),
         ("--quantization q3", "unknown quantization 'q3'"),
         ("--num-shards 0", "Invalid value for '--num-shards'"),
         ("--no-such-option", "No such option"),

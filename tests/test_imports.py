@@ -38,7 +38,7 @@ RULES = {
     "runtime": Rule(
         (
             *("tvm", "tvm_ffi", "numpy", "ml_dtypes", "safetensors", "cuda"),
-            *("tokenizers", "jinja2", "shardwright.errors", "shardwright.runtime"),
+            *("tokenizers", "jinja2", "msgpack", "shardwright.errors", "shardwright.runtime"),
         ),
         # What a process with TVM's runtime library alone cannot load.
         ("tvm.relax", "tvm.tirx", "tvm.s_tir", "tvm.target", "tvm.te", "tvm.ir", "tvm.driver"),
@@ -48,6 +48,7 @@ EXCEPTIONS = {
     # The layers' own operations are Relax calls, which `frontend.nn` has no wrapper for.
     "model_defs/layers.py": ("tvm.relax", "tvm.tirx"),
     # Finding CUDA libraries and compiling a C++ file are the same task on both sides.
+    "compiler/rocm.py": ("shardwright.runtime.code_object",),
     "compiler/cuda.py": ("shardwright.runtime.native", "shardwright.runtime.tvm_runtime"),
 }
 

@@ -77,20 +77,31 @@ def window_start(position: Any, window: int) -> Any:
 
 
 def kind_of(target: Any) -> str:
-    """The kind of `target`: "cpu", "cuda" or "rocm", or an object with such a `kind`."""
-    return str(target if isinstance(target, str) else getattr(target.kind, "name", target.kind))
+    """The kind of a target: "cpu", "cuda", "rocm" or, with an architecture, "rocm:gfx1100".
+
+    An object with such a `kind` will do as well.
+    """
+    if isinstance(target, str):
+        return target.partition(":")[0]
+    return str(getattr(target.kind, "name", target.kind))
 
 
 def is_gpu(target: Any) -> bool:
-    """Whether `target`, see `kind_of`, is a GPU."""
+    """Whether `target` is a GPU."""
     return kind_of(target) in ("cuda", "rocm")
 
 
 def warp_size_of(target: Any) -> int:
-    """Threads that run in lockstep: 64 for ROCm data-centre GPUs, 32 for CUDA, 1 for a CPU."""
+    """Threads that run in lockstep: 32, or 64 on AMD's gfx9 GPUs; 1 for a CPU."""
     if not is_gpu(target):
         return 1
-    return 64 if kind_of(target) == "rocm" else 32
+    arch = target.partition(":")[2] if isinstance(target, str) else ""
+    return 64 if kind_of(target) == "rocm" and not arch.startswith("gfx1") else 32
+
+
+def max_threads_of(target: Any) -> int:
+    """Most threads of a block; 1 for a CPU."""
+    return {"cuda": 1024, "rocm": 256}.get(kind_of(target), 1)
 
 
 def for_blocks(count: Any, gpu: bool) -> Any:

@@ -15,12 +15,11 @@ from .common import (
     extent,
     lanes_for,
     launch_dependents,
+    max_threads_of,
     shuffle_xor,
     wait_for_inputs,
     warp_size_of,
 )
-
-MAX_THREADS = 1024
 
 
 def add_rms_norm(
@@ -36,7 +35,7 @@ def add_rms_norm(
     units = features // lanes
     # Warps of a block are a power of two, which the second step of the sum needs.
     threads = warp
-    while threads < min(units, MAX_THREADS):
+    while threads < min(units, max_threads_of(target)):
         threads *= 2
     warps = threads // warp
     rounds = -(-units // threads)

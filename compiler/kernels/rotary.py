@@ -4,12 +4,58 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, extent, for_blocks, is_gpu, launch_dependents, wait_for_inputs
+from .common import (
+    SCHEDULED,
+    extent,
+    for_blocks,
+    is_gpu,
+    kind_of,
+    launch_dependents,
+    wait_for_inputs,
+)
+
+
+def _power(base: Any, exponent: Any, target: Any) -> Any:
+    """`base ** exponent`, float32, base positive, on a GPU."""
+    if kind_of(target) == "cuda":
+        # powf, cosf, sinf by name: the intrinsics become fast-math versions, which are wrong for
+        # angles of thousands of radians.
+        return T.call_pure_extern("float32", "powf", base, exponent)
+    return T.exp2(T.log2(base) * exponent)
+
+
+def _sine(angle: Any, target: Any, quarters: int = 0) -> Any:
+    """The sine of `angle + quarters * pi / 2`, float32, of any angle below 2 ** 31, on a GPU."""
+    if kind_of(target) == "cuda":
+        return T.call_pure_extern("float32", "cosf" if quarters else "sinf", angle)
+    # AMD's instructions lose an angle of thousands of radians. The nearest multiple of pi / 2 is
+    # taken off in double precision; on what is left, the polynomials of Cephes' sinf and cosf.
+    wide = T.cast(angle, "float64")
+    turns = T.nearbyint(wide * T.float64(2 / math.pi))
+    x = T.cast(wide - turns * T.float64(math.pi / 2), "float32")
+    y = x * x
+    sine = x + x * y * _polynomial(y, -1.6666654611e-1, 8.3321608736e-3, -1.9515295891e-4)
+    cosine = (
+        T.float32(1)
+        - y * T.float32(0.5)
+        + y * y * _polynomial(y, 4.166664568298827e-2, -1.388731625493765e-3, 2.443315711809948e-5)
+    )
+    quarter = T.cast(turns, "int32") + quarters
+    value = T.if_then_else(T.bitwise_and(quarter, 1) == 0, sine, cosine)
+    return T.if_then_else(T.bitwise_and(quarter, 2) == 0, value, -value)
+
+
+def _polynomial(x: Any, *coefficients: float) -> Any:
+    value = T.float32(coefficients[-1])
+    for c in coefficients[-2::-1]:
+        value = value * x + T.float32(c)
+    return value
 
 
 def rotary_table(
@@ -59,18 +105,12 @@ def rotary_table(
                                 ratio: T.let[T.float32] = T.cast(lengths[t], "float32") * T.float32(
                                     factor / limit
                                 ) - T.float32(factor - 1.0)
-                                # powf, cosf, sinf by name: the intrinsics become fast-math
-                                # versions, which are wrong for angles of thousands of radians.
-                                freq = freq * T.call_pure_extern(
-                                    "float32", "powf", ratio, T.cast(j, "float32") * T.float32(step)
+                                freq = freq * _power(
+                                    ratio, T.cast(j, "float32") * T.float32(step), target
                                 )
                         angle: T.let[T.float32] = T.cast(positions[t], "float32") * freq
-                        table[t, 0, j] = T.call_pure_extern("float32", "cosf", angle) * T.float32(
-                            scale
-                        )
-                        table[t, 1, j] = T.call_pure_extern("float32", "sinf", angle) * T.float32(
-                            scale
-                        )
+                        table[t, 0, j] = _sine(angle, target, 1) * T.float32(scale)
+                        table[t, 1, j] = _sine(angle, target) * T.float32(scale)
 
         return rotary_table_gpu
 

@@ -22,6 +22,7 @@ from .common import (
     for_threads,
     is_gpu,
     launch_dependents,
+    max_threads_of,
     shuffle_xor,
     wait_for_inputs,
     warp_size_of,
@@ -47,7 +48,7 @@ def sample(*, batch: int | None, vocab: int, max_len: int, target: Any) -> tirx.
     gpu = is_gpu(target)
     b = extent(batch, "b")
     warp = warp_size_of(target)
-    threads = 1024 if gpu else 1
+    threads = max_threads_of(target)
     warps = threads // warp
     batches = -(-vocab // (BATCH * threads))
     # A CPU row is one serial sum; in float32 it would lose the small weights.
