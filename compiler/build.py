@@ -19,7 +19,7 @@ from shardwright.compiler.axes import BLOCK, AxisRules, DeviceMesh
 from shardwright.compiler.checkpoint import Checkpoint
 from shardwright.compiler.explain import explain
 from shardwright.compiler.fuse import FUSIONS
-from shardwright.compiler.lower import lower_abstract
+from shardwright.compiler.lower import CUBLAS_PASS, MATMUL, Q4_GEMM_PASS, lower_abstract
 from shardwright.compiler.partition import Partitioned, partition
 from shardwright.compiler.peer import PEER_PASS, PeerState, peer_state
 from shardwright.compiler.placement import Placement, local_shape
@@ -32,13 +32,13 @@ from shardwright.compiler.weights import Source, Weight, ignore_buffers, write_s
 from shardwright.compiler.workspace import PlanWorkspace
 from shardwright.errors import ConfigError, UsageError
 from shardwright.model_defs import family_of
-from shardwright.runtime import artifact
+from shardwright.runtime import artifact, cublas
 
 MAX_RANKS = 16
 DEFAULT_MAX_SEQ_LEN = 4096
 DEFAULT_CHUNK = {"cpu": 256, "cuda": 2048, "rocm": 2048}
 PAGE_SIZE = 16
-PASSES = (*FUSIONS, PEER_PASS, pipeline.DEPENDENT_LAUNCH)
+PASSES = (*FUSIONS, PEER_PASS, pipeline.DEPENDENT_LAUNCH, CUBLAS_PASS, Q4_GEMM_PASS)
 """What `--disable-pass` takes."""
 
 
@@ -108,6 +108,15 @@ class Program:
     mesh: DeviceMesh
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """What `compile_program` tells of the library it wrote, in the manifest's terms."""
+
+    workspace_bytes: int
+    functions: dict[str, artifact.Function]
+    libraries: tuple[str, ...]
+
+
 def build(options: BuildOptions, progress: Progress | None = None) -> BuildResult:
     """Compile `options.model` for `options.num_shards` ranks and write the artefact.
 
@@ -132,7 +141,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
         peer = peer_state(program.mod, options.num_shards)
     with progress.step("Compile"):
         library = options.out / "model.so"
-        workspace, functions = compile_program(
+        compiled = compile_program(
             program, targets, limits, library, peer, options.dump_ir, options.disable_pass
         )
     files = {"model.so": artifact.file_entry(library)}
@@ -170,10 +179,11 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
             limits.num_pages,
         ),
         use_cuda_graph=options.use_cuda_graph,
+        libraries=compiled.libraries,
         decode_buckets=tuple(limits.buckets),
-        workspace_bytes=workspace,
+        workspace_bytes=compiled.workspace_bytes,
         state=tuple(state.values()),
-        functions=functions,
+        functions=compiled.functions,
         weights=tuple(_weight_specs(program.weights.values())),
         has_weights=with_weights or options.dummy_weights,
         dummy_weights=options.dummy_weights,
@@ -285,8 +295,8 @@ def compile_program(
     peer: PeerState | None = None,
     dump_ir: Path | None = None,
     disable_pass: tuple[str, ...] = (),
-) -> tuple[int, dict[str, artifact.Function]]:
-    """Lower and compile `program` to `library`; bytes of workspace, and function signatures.
+) -> Compiled:
+    """Lower and compile `program` to `library`.
 
     With `peer` there are decode functions that reduce over peer memory as well. AMD GPUs have a
     program for each architecture, since waves and with them the launches differ.
@@ -298,7 +308,7 @@ def compile_program(
             dump = dump_ir / arch if dump_ir else None
             mod, *found = _lower(program, target, limits, peer, dump, frozenset(disable_pass))
         compiled.append((rocm.for_arch(mod, target, arch) if arch else mod, *found))
-    mods, workspaces, functions = zip(*compiled, strict=True)
+    mods, workspaces, functions, libraries = zip(*compiled, strict=True)
     mod = tvm.IRModule({gv: func for mod in mods for gv, func in mod.functions_items()})
     if arch:
         executable = rocm.build(mod, targets)
@@ -306,7 +316,7 @@ def compile_program(
         with targets[0]:
             executable = relax.build(mod, targets[0], relax_pipeline=None)
     executable.export_library(str(library))
-    return max(workspaces), functions[0]
+    return Compiled(max(workspaces), functions[0], libraries[0])
 
 
 def _lower(
@@ -316,10 +326,11 @@ def _lower(
     peer: PeerState | None,
     dump_ir: Path | None,
     disabled: frozenset[str],
-) -> tuple[tvm.IRModule, int, dict[str, artifact.Function]]:
-    """VM code for `target`, the bytes of its workspace, and its functions' signatures."""
+) -> tuple[tvm.IRModule, int, dict[str, artifact.Function], tuple[str, ...]]:
+    """VM code for `target`, the bytes of its workspace, its functions' signatures, libraries."""
     workspace = PlanWorkspace()
     mod = lower_abstract(program.mod, target, peer, disabled)
+    libraries = (cublas.LIBRARY,) if _calls(mod, MATMUL) else ()
     pipeline.dump(mod, dump_ir, "3-lowered")
     prefill = mod["prefill"]
     bound = {"n": limits.prefill_chunk_size}
@@ -335,7 +346,7 @@ def _lower(
     }
     mod = tvm.transform.Sequential(pipeline.to_vm(workspace)[7:])(mod)
     pipeline.dump(mod, dump_ir, "5-vm")
-    return mod, workspace.bytes, functions
+    return mod, workspace.bytes, functions, libraries
 
 
 def _argument(param: relax.Var) -> artifact.TensorSpec:

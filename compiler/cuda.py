@@ -50,6 +50,8 @@ def cuda_target(archs: tuple[str, ...]) -> tvm.target.Target:
             "max_threads_per_block": 1024,
             "max_shared_memory_per_block": 49152,
             "thread_warp_size": 32,
+            # Kernels with Hopper's own instructions, which no other architecture has.
+            "keys": ["cuda", "gpu", *(["wgmma"] if set(archs) == {"sm_90a"} else [])],
         },
         host="llvm",
     )

@@ -20,12 +20,22 @@ from shardwright.compiler.kernels import (
     gemv_rocm,
     matmul,
     norm,
+    q4_gemm,
     rotary,
     sampling,
 )
 from shardwright.compiler.linear import Rewriter
 from shardwright.compiler.peer import PeerState, add_peer_decode
 from shardwright.compiler.rules import op_name, operands_of, shape_of
+
+CUBLAS_PASS = "cublas"
+"""Leaves products of many tokens on CUDA to cuBLAS; without it dlight schedules them."""
+
+Q4_GEMM_PASS = "q4_gemm"
+"""Unpacks four-bit weights on their way to the tensor cores; without it, into memory before."""
+
+MATMUL = "shardwright.matmul"
+"""Packed function of the runtime, `(x [n,K], w [N,K], out [n,N])`."""
 
 GEMV_MAX_BATCH = 8
 """Largest batch for which a matrix-vector kernel is used on a GPU; above it, tensor cores."""
@@ -48,6 +58,8 @@ def lower_abstract(
         mod = add_peer_decode(mod, peer)
     bb = relax.BlockBuilder()
     kernels = _Kernels(bb, target_name(target))
+    kernels.cublas = target.kind.name == "cuda" and CUBLAS_PASS not in disabled
+    kernels.wgmma = "wgmma" in target.keys and Q4_GEMM_PASS not in disabled
     functions = {
         gv.name_hint: Rewriter(func, kernels.lower, bb=bb).run(gv.name_hint)
         for gv, func in mod.functions_items()
@@ -67,6 +79,7 @@ class _Kernels:
 
     def __init__(self, bb: relax.BlockBuilder, target: str) -> None:
         self.bb, self.target = bb, target
+        self.cublas = self.wgmma = False
         self.generated: dict[tuple[Any, ...], relax.GlobalVar] = {}
 
     def lower(self, rw: Rewriter, _var: relax.Var, call: relax.Call) -> relax.Expr | None:
@@ -277,7 +290,9 @@ def _linear_shapes(
 def _tensor_core_linear(
     k: _Kernels, call: relax.Call, x: relax.Expr, weight: relax.Expr
 ) -> relax.Expr:
-    """Relax operations, which dlight schedules on tensor cores; sums in float32."""
+    """cuBLAS, or Relax operations that dlight schedules on tensor cores; sums in float32."""
+    if k.cublas and str(x.ty.dtype) == "float16":
+        return relax.call_dps_packed(MATMUL, relax.Tuple([x, weight]), out_ty=call.ty)
     transposed = k.bb.emit(relax.op.permute_dims(weight))
     y = relax.op.matmul(x, transposed, out_dtype="float32")
     if str(call.ty.dtype) == "float32":
@@ -303,6 +318,12 @@ def _q4_linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.E
     few = _matrix_vector(k, call, [x, packed, scale])
     if few is not None:
         return few
+    if k.wgmma and _fits_q4_gemm(shapes, group, x):
+        n = shape_of(x)[0]
+        padded = relax.TensorType([q4_gemm.image_rows(n), cols], "float16")
+        image = k.bb.emit(relax.call_tir(k.kernel(q4_gemm.q4_gemm_image), [x], padded))
+        kernel = k.kernel(q4_gemm.q4_gemm, group=group)
+        return relax.call_tir(kernel, [image, packed, scale], call.ty)
     kernel = k.kernel(
         matmul.q4_dequantize,
         out_features=shapes["out_features"],
@@ -314,6 +335,12 @@ def _q4_linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.E
     whole = relax.TensorType([shapes["out_features"], cols], x.ty.dtype)
     weight = k.bb.emit(relax.call_tir(kernel, [packed, scale], whole))
     return _tensor_core_linear(k, call, x, weight)
+
+
+def _fits_q4_gemm(shapes: dict[str, Any], group: int, x: relax.Expr) -> bool:
+    whole = shapes["in_features"] % q4_gemm.COLUMNS == 0 and shapes["out_features"] % 8 == 0
+    dtypes = {str(x.ty.dtype), shapes["out_dtype"]}
+    return whole and group % 32 == 0 and dtypes == {"float16"}
 
 
 def _q4_embed(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:

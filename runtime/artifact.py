@@ -136,6 +136,8 @@ class Manifest:
     dtype: str
     limits: Limits
     use_cuda_graph: bool
+    libraries: tuple[str, ...]
+    """Vendor libraries that the program calls besides the collectives: `cublas`, or none."""
     decode_buckets: tuple[int, ...]
     workspace_bytes: int
     state: tuple[TensorSpec, ...]

@@ -10,6 +10,7 @@ from pathlib import Path
 from shardwright.errors import DeviceError
 
 _PACKAGES = {
+    "libcublas.so.13": "nvidia-cublas",
     "libcudart.so.13": "nvidia-cuda-runtime",
     "libnccl.so.2": "nvidia-nccl-cu13",
 }

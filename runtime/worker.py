@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from shardwright import errors
-from shardwright.runtime import tvm_runtime
+from shardwright.runtime import cublas, tvm_runtime
 from shardwright.runtime.artifact import Manifest, load_manifest
 from shardwright.runtime.collectives import (
     AbortedError,
@@ -110,6 +110,9 @@ class Worker:
         if manifest.target.kind == "cuda":
             gpu = CudaDevice(self.rank, manifest.use_cuda_graph)
             self._device = gpu
+            if cublas.LIBRARY in manifest.libraries:
+                with gpu.scope():
+                    cublas.install(self.rank)
         else:
             _use_threads(world)
         with self._device.scope():

@@ -45,6 +45,7 @@ def manifest(**changes):
         dtype="float16",
         limits=Limits(64, 2, 16, 16, 8),
         use_cuda_graph=True,
+        libraries=(),
         decode_buckets=(1, 2),
         workspace_bytes=4096,
         state=(TensorSpec("tokens", (2,), "int32"),),

@@ -96,6 +96,7 @@ def write_artifact(
         dtype="float16",
         limits=Limits(64, 4, 16, 16, 16),
         use_cuda_graph=False,
+        libraries=(),
         decode_buckets=(1, 2, 4),
         workspace_bytes=0,
         state=(),

@@ -35,6 +35,7 @@ def write_artifact(path: Path) -> Path:
         dtype="float16",
         limits=artifacts.Limits(64, 4, 16, 16, 16),
         use_cuda_graph=True,
+        libraries=(),
         decode_buckets=(1, 2, 4),
         workspace_bytes=1 << 20,
         state=(spec("k_pages", (5, 16, 1, 16, 16), "float16"), spec("tokens", (4,), "int32")),

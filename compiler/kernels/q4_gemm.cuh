@@ -1,0 +1,267 @@
+// Products of many tokens with a four-bit weight on Hopper's tensor cores; see q4_gemm.py, which puts
+// the `wgmma` wrappers of each width in the place of WGMMA.
+
+__device__ __forceinline__ int shardwright_q4_tile(int n) {
+  return n <= 64 ? 64 : n <= 128 ? 128 : 256;
+}
+
+// Position p of 128 columns holds the element that a lane multiplies there: word by word of the
+// lane's four, in the order in which two nibbles are unpacked together.
+__device__ __forceinline__ void shardwright_q4_image(
+    const half* x, half* image, int n, int inner, int row, int chunk) {
+  const int tile = shardwright_q4_tile(n), place = chunk % 16, step = place / 2, high = place % 2;
+  half eight[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int column = 32 * (i / 2) + 8 * (step / 2) + 2 * (step % 2) + high + 4 * (i % 2);
+    eight[i] = row < n ? x[(size_t)row * inner + chunk / 16 * 128 + column] : __float2half(0.f);
+  }
+  // [tile of tokens][64 columns][token][column], 16 bytes swizzled as wgmma reads them.
+  const size_t at = ((size_t)(row / tile) * (inner / 64) + chunk / 8) * tile + row % tile;
+  *reinterpret_cast<uint4*>(image + at * 64 + (chunk % 8 ^ row % 8) * 8) =
+      *reinterpret_cast<uint4*>(eight);
+}
+__device__ __forceinline__ void shardwright_q4_pairs(unsigned w, half2 scale, unsigned* out) {
+  // 0x6400 is 1024 in half precision, whose last bits count ones, and those above them sixteens.
+  const half2 low = __half2half2(__ushort_as_half(0x6407));     // 1024 + 7
+  const half2 high = __half2half2(__ushort_as_half(0xd470));    // -(1024 / 16 + 7)
+  const half2 sixteenth = __half2half2(__ushort_as_half(0x2c00));  // 1 / 16
+  unsigned bits[4];
+  asm("lop3.b32 %0, %1, 0x000f000f, 0x64006400, 0xea;" : "=r"(bits[0]) : "r"(w));
+  asm("lop3.b32 %0, %1, 0x00f000f0, 0x64006400, 0xea;" : "=r"(bits[1]) : "r"(w));
+  asm("lop3.b32 %0, %1, 0x000f000f, 0x64006400, 0xea;" : "=r"(bits[2]) : "r"(w >> 8));
+  asm("lop3.b32 %0, %1, 0x00f000f0, 0x64006400, 0xea;" : "=r"(bits[3]) : "r"(w >> 8));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const half2 v = *reinterpret_cast<half2*>(&bits[i]);
+    const half2 value = __hmul2(i % 2 ? __hfma2(v, sixteenth, high) : __hsub2(v, low), scale);
+    out[i] = *reinterpret_cast<const unsigned*>(&value);
+  }
+}
+namespace shardwright_q4 {
+constexpr int kStageBytes = 192 * 1024;
+
+__device__ __forceinline__ unsigned address(const void* p) {
+  return (unsigned)__cvta_generic_to_shared(p);
+}
+
+// The rows of the weight that a lane reads: `row` and the one 8 below it.
+struct Lanes {
+  const uint4 *a, *b;
+  const half *scale_a, *scale_b;
+  int blocks, per_scale;
+  uint4 words_a, words_b;
+  half factor_a, factor_b;
+
+  __device__ __forceinline__ Lanes(const uint4* packed, const half* scale, int row, int rows,
+                                   int inner, int group) {
+    const int t = threadIdx.x % 4, first = min(row, rows - 1), second = min(row + 8, rows - 1);
+    a = packed + (size_t)first * (inner / 32) + t;
+    b = packed + (size_t)second * (inner / 32) + t;
+    scale_a = scale + (size_t)first * (inner / group);
+    scale_b = scale + (size_t)second * (inner / group);
+    blocks = inner / 128;
+    per_scale = group / 32;
+  }
+  __device__ __forceinline__ void load(int block) {
+    const int at = min(block, blocks - 1) * 4, s = (at + (int)threadIdx.x % 4) / per_scale;
+    words_a = __ldg(a + at);
+    words_b = __ldg(b + at);
+    factor_a = __ldg(scale_a + s);
+    factor_b = __ldg(scale_b + s);
+  }
+  // Operands of the two steps of 16 columns that word `i` of each row is for.
+  __device__ __forceinline__ void operands(int i, unsigned (*out)[4]) const {
+    const unsigned a4[4] = {words_a.x, words_a.y, words_a.z, words_a.w};
+    const unsigned b4[4] = {words_b.x, words_b.y, words_b.z, words_b.w};
+    unsigned x[4], y[4];
+    shardwright_q4_pairs(a4[i], __half2half2(factor_a), x);
+    shardwright_q4_pairs(b4[i], __half2half2(factor_b), y);
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      out[s][0] = x[2 * s];
+      out[s][1] = y[2 * s];
+      out[s][2] = x[2 * s + 1];
+      out[s][3] = y[2 * s + 1];
+    }
+  }
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+__device__ __forceinline__ void wait(unsigned barrier, int parity) {
+  asm volatile("{\n.reg .pred done;\n"
+               "again%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+               "@!done bra again%=;\n}" :: "r"(barrier), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void arrive(unsigned barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+}
+template <int kTokens> struct Wgmma;
+WGMMA
+
+template <int kTokens>
+__device__ __forceinline__ void product(
+    const half* image, const uint4* packed, const half* scale, half* out, unsigned char* shared,
+    int n, int rows, int inner, int group, int tile, int band) {
+  constexpr int kStage = kTokens * 128, kStages = kStageBytes / kStage, kPitch = 272;
+  const unsigned stages = address(shared), barriers = stages + kStages * kStage;
+  const int tid = threadIdx.x, warpgroup = tid / 128, blocks = inner / 64;
+  if (tid == 0) {
+    for (int i = 0; i < kStages; ++i) {  // loaded, and read by both warpgroups
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(barriers + i * 16));
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 2;" :: "r"(barriers + i * 16 + 8));
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  if (warpgroup == 2) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (tid == 256) {
+      const unsigned char* from =
+          reinterpret_cast<const unsigned char*>(image) + (size_t)tile * blocks * kStage;
+      for (int i = 0; i < blocks; ++i) {
+        const int stage = i % kStages;
+        const unsigned loaded = barriers + stage * 16;
+        if (i >= kStages) wait(loaded + 8, (i / kStages + 1) & 1);
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                     :: "r"(loaded), "r"(kStage) : "memory");
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                     "[%0], [%1], %2, [%3];"
+                     :: "r"(stages + stage * kStage), "l"(from + (size_t)i * kStage), "r"(kStage),
+                        "r"(loaded) : "memory");
+      }
+    }
+    asm volatile("bar.sync 1, 384;" ::: "memory");
+    return;
+  }
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+  float sums[kTokens / 2];
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.f;
+  const int lane = tid % 32, corner = warpgroup * 64 + tid / 32 % 4 * 16;
+  Lanes now(packed, scale, band * 128 + corner + lane / 4, rows, inner, group);
+  now.load(0);
+  unsigned a[8][4];
+  now.operands(0, a);
+  int stage = 0, parity = 0;
+  for (int block = 0; block < now.blocks; ++block) {
+    Lanes next = now;
+    next.load(block + 1);
+#pragma unroll
+    for (int word = 0; word < 4; ++word) {
+      if (word % 2 == 0) wait(barriers + stage * 16, parity);
+      // K-major rows of 128 bytes, swizzled; 8 rows are 1024 bytes apart.
+      const unsigned long long x =
+          (stages + stage * kStage) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+      Wgmma<kTokens>::run(sums, a[word * 2], x + word % 2 * 4);
+      Wgmma<kTokens>::run(sums, a[word * 2 + 1], x + word % 2 * 4 + 2);
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+      // All but the newest products are done, and so is reading the stage before.
+      if (word % 2 == 0 && block + word > 0 && tid % 128 == 0)
+        arrive(barriers + (stage == 0 ? kStages - 1 : stage - 1) * 16 + 8);
+      if (word < 3)
+        now.operands(word + 1, a + word * 2 + 2);
+      else
+        next.operands(0, a);
+      if (word % 2 == 1 && ++stage == kStages) stage = 0, parity ^= 1;
+    }
+    now = next;
+  }
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("bar.sync 1, 384;" ::: "memory");  // nothing is left in the stages
+  // Lanes hold columns of the result; shared memory turns them to rows of 128 features.
+  const int m = lane / 8;
+#pragma unroll
+  for (int j = 0; j < kTokens / 16; ++j) {
+    unsigned r[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* s = sums + (j * 2 + i / 2) * 4 + i % 2 * 2;
+      const half2 pair = __floats2half2_rn(s[0], s[1]);
+      r[i] = *reinterpret_cast<const unsigned*>(&pair);
+    }
+    const int token = j * 16 + m / 2 * 8 + lane % 8;
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
+                 :: "r"(stages + token * kPitch + (corner + m % 2 * 8) * 2), "r"(r[0]), "r"(r[1]),
+                    "r"(r[2]), "r"(r[3]) : "memory");
+  }
+  asm volatile("bar.sync 2, 256;" ::: "memory");
+  for (int i = tid; i < kTokens * 16; i += 256) {
+    const int token = tile * kTokens + i / 16, feature = band * 128 + i % 16 * 8;
+    if (token < n && feature < rows)
+      *reinterpret_cast<uint4*>(out + (size_t)token * rows + feature) =
+          *reinterpret_cast<const uint4*>(shared + i / 16 * kPitch + i % 16 * 16);
+  }
+}
+#else
+// Eight warps of 16 rows; x comes from memory (the cache) as it is needed, 64 tokens at a time.
+template <int kTokens>
+__device__ __forceinline__ void product(
+    const half* image, const uint4* packed, const half* scale, half* out, unsigned char*, int n,
+    int rows, int inner, int group, int tile, int band) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int row = band * 128 + threadIdx.x / 32 * 16 + g;
+  if (threadIdx.x >= 256) return;
+  for (int part = 0; part < kTokens / 64; ++part) {
+    float sums[8][4] = {};
+    Lanes weight(packed, scale, row, rows, inner, group);
+    for (int block = 0; block < weight.blocks; ++block) {
+      weight.load(block);
+      for (int word = 0; word < 4; ++word) {
+        unsigned a[2][4];
+        weight.operands(word, a);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const int token = part * 64 + j * 8 + g;
+          const size_t line =
+              ((size_t)tile * (inner / 64) + block * 2 + word / 2) * kTokens + token;
+#pragma unroll
+          for (int s = 0; s < 2; ++s) {
+            unsigned b[2];
+#pragma unroll
+            for (int high = 0; high < 2; ++high) {
+              const int chunk = word % 2 * 4 + s * 2 + high;
+              b[high] = *reinterpret_cast<const unsigned*>(
+                  image + line * 64 + (chunk ^ token % 8) * 8 + 2 * t);
+            }
+            float* c = sums[j];
+            asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, "
+                         "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                         : "r"(a[s][0]), "r"(a[s][1]), "r"(a[s][2]), "r"(a[s][3]), "r"(b[0]),
+                           "r"(b[1]));
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = tile * kTokens + part * 64 + j * 8 + 2 * t + i % 2;
+        const int feature = row + i / 2 * 8;
+        if (token < n && feature < rows)
+          out[(size_t)token * rows + feature] = __float2half_rn(sums[j][i]);
+      }
+  }
+}
+#endif
+}  // namespace shardwright_q4
+
+__device__ __forceinline__ void shardwright_q4_gemm(
+    const half* image, const unsigned* words, const half* scale, half* out, unsigned char* buffer,
+    int n, int rows, int inner, int group, int block) {
+  const uintptr_t start = reinterpret_cast<uintptr_t>(buffer);
+  unsigned char* shared = buffer + ((start + 1023) / 1024 * 1024 - start);
+  const int size = shardwright_q4_tile(n), tiles = (n + 255) / 256;
+  const int tile = block % tiles, band = block / tiles;  // neighbours share the weight
+  const uint4* packed = reinterpret_cast<const uint4*>(words);
+#define PRODUCT(k) \
+  shardwright_q4::product<k>(image, packed, scale, out, shared, n, rows, inner, group, tile, band)
+  if (size == 64) PRODUCT(64);
+  else if (size == 128) PRODUCT(128);
+  else PRODUCT(256);
+#undef PRODUCT
+}

@@ -1,0 +1,141 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-redef"
+# (TVMScript is parsed, never run, so it has no Python types.)
+"""Products of many tokens with a four-bit weight on Hopper's tensor cores.
+
+The weight is unpacked in registers, on its way to the tensor cores, so no fp16 copy of it is ever
+in memory. `wgmma` takes 64 rows of the weight from registers and up to 256 tokens of x from shared
+memory. Inside 128 columns the order of the inner dimension is free as long as both agree; ours
+gives each lane 32 consecutive elements of a row: 16 bytes, one scale. x is brought into that order
+beforehand, as an image of what shared memory shall hold, so that one thread loads 32 KB with one
+instruction (`cp.async.bulk`) and needs no tensor map, which a TIR kernel could not be given.
+
+PTX for later GPUs has no `wgmma`; there the same image feeds `mma`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from .common import SCHEDULED
+
+TILE = 256
+"""Tokens of an image's tile, and of the largest product at once."""
+COLUMNS = 128
+"""K must be a multiple."""
+_ROWS = 128  # of the weight, in a block
+_THREADS = 384  # two warpgroups that multiply, one that loads
+_STAGES_BYTES = 192 * 1024
+_SHARED_BYTES = _STAGES_BYTES + 1024 + 512  # alignment, barriers
+
+
+def _wgmma(tokens: int) -> str:
+    """`sums [64 x tokens] += a (registers) @ x (shared memory)`, 16 columns at a time."""
+    count = tokens // 2
+    registers = ",".join(f"%{i}" for i in range(count))
+    sums = ",".join(f'"+f"(c[{i}])' for i in range(count))
+    a = ",".join(f"%{count + i}" for i in range(4))
+    return (
+        f"template <> struct Wgmma<{tokens}> {{\n"
+        f"  static __device__ __forceinline__ void run(float (&c)[{count}], const unsigned* a, "
+        "unsigned long long x) {\n"
+        '    asm volatile("{\\n.reg .pred p;\\nsetp.eq.u32 p, 1, 1;\\n'
+        f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.f16.f16 "
+        f'{{{registers}}}, {{{a}}}, %{count + 4}, p, 1, 1, 0;\\n}}"\n'
+        f'      : {sums} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x));\n  }}\n}};\n'
+    )
+
+
+def _source() -> str:
+    text = Path(__file__).with_suffix(".cuh").read_text()
+    return text.replace("\nWGMMA\n", "\n" + "".join(map(_wgmma, (64, 128, 256))))
+
+
+def image_rows(tokens: Any) -> Any:
+    """Rows of the image of x for `tokens` tokens."""
+    return (tokens + TILE - 1) // TILE * TILE
+
+
+def q4_gemm_image() -> tirx.PrimFunc:
+    """`x [n,K] f16 -> image [image_rows(n),K] f16`, x as `q4_gemm` reads it; K of any size."""
+    threads, source = 256, _source()
+    n = tirx.Var("n", "int64")
+    inner = tirx.Var("k", "int64")
+    rows = image_rows(n)
+
+    @T.prim_func(s_tir=True)
+    def q4_gemm_image(x_h: T.handle, image_h: T.handle):
+        T.func_attr(SCHEDULED)
+        x = T.match_buffer(x_h, (n, inner), "float16")
+        image = T.match_buffer(image_h, (rows, inner), "float16")
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for block in T.thread_binding(
+                T.ceildiv(rows * (inner // 8), threads), thread="blockIdx.x"
+            ):
+                for tid in T.thread_binding(threads, thread="threadIdx.x"):
+                    at: T.let[T.int64] = T.cast(block, "int64") * threads + tid
+                    if at < rows * (inner // 8):
+                        T.evaluate(
+                            T.cuda.func_call(
+                                "shardwright_q4_image",
+                                x.data,
+                                image.data,
+                                T.cast(n, "int32"),
+                                T.cast(inner, "int32"),
+                                T.cast(at // (inner // 8), "int32"),
+                                T.cast(at % (inner // 8), "int32"),
+                                source_code=source,
+                            )
+                        )
+
+    return q4_gemm_image
+
+
+def q4_gemm(*, group: int) -> tirx.PrimFunc:
+    """`(image, packed [N,K/8] u32, scale [N,K/group] f16) -> x @ w.T [n,N] f16` for any n.
+
+    `image` is made by `q4_gemm_image` from x [n,K]. Weights are rounded to fp16 as `q4_dequantize`
+    rounds them, sums are float32. K is a multiple of `COLUMNS`, N of 8, `group` of 32.
+    """
+    n = tirx.Var("n", "int64")
+    rows, inner = tirx.Var("rows", "int64"), tirx.Var("k", "int64")
+    source = _source()
+
+    @T.prim_func(s_tir=True)
+    def q4_gemm(image_h: T.handle, packed_h: T.handle, scale_h: T.handle, out_h: T.handle):
+        T.func_attr(SCHEDULED)
+        image = T.match_buffer(image_h, (image_rows(n), inner), "float16")
+        packed = T.match_buffer(packed_h, (rows, inner // 8), "uint32")
+        scale = T.match_buffer(scale_h, (rows, inner // group), "float16")
+        out = T.match_buffer(out_h, (n, rows), "float16")
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for block in T.thread_binding(
+                T.ceildiv(n, TILE) * T.ceildiv(rows, _ROWS), thread="blockIdx.x"
+            ):
+                for _tid in T.thread_binding(_THREADS, thread="threadIdx.x"):
+                    shared = T.alloc_buffer((_SHARED_BYTES,), "uint8", scope="shared.dyn")
+                    T.evaluate(
+                        T.cuda.func_call(
+                            "shardwright_q4_gemm",
+                            image.data,
+                            packed.data,
+                            scale.data,
+                            out.data,
+                            shared.data,
+                            T.cast(n, "int32"),
+                            T.cast(rows, "int32"),
+                            T.cast(inner, "int32"),
+                            group,
+                            T.cast(block, "int32"),
+                            source_code=source,
+                        )
+                    )
+
+    return q4_gemm

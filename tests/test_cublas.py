@@ -1,0 +1,100 @@
+"""Products of many tokens on CUDA: who computes them, and how cuBLAS is called."""
+
+import types
+
+import pytest
+import tvm
+from tvm import relax
+from tvm.script import ir as I
+from tvm.script import relax as R
+from tvm.script import tirx as T
+
+from shardwright.compiler.lower import CUBLAS_PASS, MATMUL, lower_abstract
+from shardwright.compiler.propagate import bindings_of
+from shardwright.compiler.rules import op_name
+from shardwright.errors import DeviceError, WorkerError
+from shardwright.runtime import cublas, tvm_runtime
+
+
+@I.ir_module
+class Product:
+    @R.function
+    def prefill(x: R.Tensor(("n", 64), "float16"), w: R.Tensor((32, 64), "float16")):
+        n = T.int64()
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            y = R.call_dps_packed("shardwright.linear", (x, w), out_ty=R.Tensor((n, 32), "float16"))
+            R.output(y)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("target", "disabled", "called"),
+    [
+        ({"kind": "cuda", "arch": "sm_90a"}, frozenset(), True),
+        ({"kind": "cuda", "arch": "sm_90a"}, frozenset({CUBLAS_PASS}), False),
+        ({"kind": "llvm"}, frozenset(), False),
+    ],
+)
+def test_cublas_is_for_cuda_and_can_be_left_out(target, disabled, called):
+    target = tvm.target.Target(target)
+    with target:
+        mod = lower_abstract(Product, target, disabled=disabled)
+    calls = [b.value for b in bindings_of(mod["prefill"]) if isinstance(b.value, relax.Call)]
+    assert (MATMUL in map(op_name, calls)) == called
+
+
+def test_a_missing_cublas_names_its_package(monkeypatch):
+    monkeypatch.setattr(tvm_runtime, "_pip_candidates", lambda name: [])
+    monkeypatch.setenv("LD_LIBRARY_PATH", "")
+    with pytest.raises(DeviceError, match="pip install nvidia-cublas"):
+        cublas.library()
+
+
+class Stub:
+    """cuBLAS that notes its calls and answers with a status."""
+
+    def __init__(self, status=0):
+        self.calls, self.status = [], status
+
+    def __getattr__(self, name):
+        def function(*args):
+            self.calls.append((name, args))
+            return self.status if name == "cublasGemmEx" else 0
+
+        return function
+
+    def cublasGetStatusString(self, status):
+        return b"the reason"
+
+
+def tensor(shape, dtype, address):
+    return types.SimpleNamespace(shape=shape, dtype=dtype, data_ptr=lambda: address)
+
+
+def handle(monkeypatch, stub):
+    monkeypatch.setattr(cublas, "library", lambda: stub)
+    monkeypatch.setattr(cublas, "_WORKSPACE_BYTES", 16)
+    return cublas.Cublas(tvm.cpu())
+
+
+def test_rows_are_given_as_columns(monkeypatch):
+    stub = Stub()
+    operands = (
+        tensor((5, 64), "float16", 100),
+        tensor((32, 64), "float16", 200),
+        tensor((5, 32), "float32", 300),
+    )
+    handle(monkeypatch, stub).matmul(*operands)
+    args = [a.value if hasattr(a, "value") else a for _, call in stub.calls[-1:] for a in call]
+    # transa, transb, m, n, k; A, type, lda; B, type, ldb; C, type, ldc; compute type, algorithm
+    assert args[1:6] == [1, 0, 32, 5, 64]
+    assert args[7:13] == [200, 2, 64, 100, 2, 64]
+    assert args[14:] == [300, 0, 32, 68, -1]
+
+
+def test_a_refusal_says_which_product(monkeypatch):
+    operands = (tensor((5, 64), "float16", 1), tensor((32, 64), "float16", 2), None)
+    out = tensor((5, 32), "float16", 3)
+    with pytest.raises(WorkerError, match="5 x 64 and 64 x 32: the reason"):
+        handle(monkeypatch, Stub(status=7)).matmul(*operands[:2], out)
