@@ -23,8 +23,9 @@ from shardwright.compiler.lower import CUBLAS_PASS, MATMUL, Q4_GEMM_PASS, lower_
 from shardwright.compiler.partition import Partitioned, partition
 from shardwright.compiler.peer import PEER_PASS, PeerState, peer_state
 from shardwright.compiler.placement import Placement, local_shape
+from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.quantization import Quantization, quantization
-from shardwright.compiler.rules import shape_of
+from shardwright.compiler.rules import op_name, shape_of
 from shardwright.compiler.script_speed import without_source_context
 from shardwright.compiler.trace import Limits, Traced, trace
 from shardwright.compiler.verify import verify
@@ -347,6 +348,16 @@ def _lower(
     mod = tvm.transform.Sequential(pipeline.to_vm(workspace)[7:])(mod)
     pipeline.dump(mod, dump_ir, "5-vm")
     return mod, workspace.bytes, functions, libraries
+
+
+def _calls(mod: tvm.IRModule, name: str) -> bool:
+    """Whether a function of `mod` calls an operation or packed function."""
+    return any(
+        isinstance(binding.value, relax.Call) and op_name(binding.value) == name
+        for func in mod.functions.values()
+        if isinstance(func, relax.Function)
+        for binding in bindings_of(func)
+    )
 
 
 def _argument(param: relax.Var) -> artifact.TensorSpec:
