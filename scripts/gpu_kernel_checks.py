@@ -25,6 +25,16 @@ GEMV_SHAPES = {  # (out, in): Llama-3-8B, then Llama-2-70B on 1 and 4 GPUs, then
     "odd": [(1283, 96), (1286, 96), (7, 11008)],
 }
 GATED = [(28672, 4096), (14336, 8192), (1286, 96)]  # gate and value above each other
+Q4_GEMM = [  # tokens, out, in, group
+    (2048, 28672, 4096, 32),
+    (2048, 57344, 8192, 32),
+    (2048, 8192, 7168, 32),
+    (300, 4096, 4096, 64),
+    (129, 1000, 256, 128),
+    (100, 72, 384, 32),
+    (64, 4096, 14336, 32),
+    (3, 136, 128, 32),
+]
 NORMS = [4096, 8192, 5120, 1003, 16384, 16]
 ATTENTION = [  # heads, kv_heads, head_dim, batch, contexts
     (32, 8, 128, 1, [256]),
@@ -79,6 +89,9 @@ def all_cases(tune: bool) -> list[dict[str, Any]]:
     cases.append(
         dict(kind="prefill", name="prefill_long", heads=32, kv=8, dim=128, batch=2, contexts=[2000])
     )
+    for n, rows, k, group in Q4_GEMM:
+        name = f"q4_gemm_{n}_{rows}_{k}_{group}"
+        cases.append(dict(kind="q4_gemm", name=name, n=n, rows=rows, k=k, group=group))
     cases += [
         dict(kind=k, name=k) for k in ("rotary", "norm", "sample", "store", "take", "dequantize")
     ]
@@ -105,14 +118,22 @@ def pages_of(case: dict[str, Any]) -> int:
     return case["batch"] * MAX_LEN // PAGE + 5
 
 
-def build(directory: Path, archs: tuple[str, ...], tune: bool) -> None:
+def build(directory: Path, archs: tuple[str, ...], tune: bool, only: str) -> None:
     import tvm
 
     from shardwright.compiler.cuda import cuda_target, install_hook
-    from shardwright.compiler.kernels import attention, gemv, matmul, norm, rotary, sampling
+    from shardwright.compiler.kernels import (
+        attention,
+        gemv,
+        matmul,
+        norm,
+        q4_gemm,
+        rotary,
+        sampling,
+    )
 
     funcs: dict[str, Any] = {}
-    cases = all_cases(tune)
+    cases = [case for case in all_cases(tune) if case["kind"].startswith(only)]
     for case in cases:
         kind, name = case["kind"], case["name"]
         if kind in ("gemv", "q4_gemv"):
@@ -163,7 +184,13 @@ def build(directory: Path, archs: tuple[str, ...], tune: bool) -> None:
     funcs["dequantize"] = matmul.q4_dequantize(
         out_features=28672, in_features=4096, group=32, dtype="float16", target="cuda"
     )
+    funcs["q4_gemm_image"] = q4_gemm.q4_gemm_image()
+    for group in {group for *_, group in Q4_GEMM}:
+        funcs[f"q4_gemm_{group}"] = q4_gemm.q4_gemm(group=group)
     install_hook(archs)
+    kept = {c["kind"] for c in cases}
+    if only:
+        funcs = {n: f for n, f in funcs.items() if any(n.startswith(kind) for kind in kept)}
     mod = tvm.IRModule({n: f.with_attr("global_symbol", n) for n, f in funcs.items()})
     directory.mkdir(parents=True, exist_ok=True)
     tvm.compile(mod, target=cuda_target(archs)).export_library(str(directory / "kernels.so"))
@@ -227,17 +254,17 @@ class _Runner:
         """Operands that together pass the L2 cache three times."""
         return max(1, min(40, 180 * 2**20 // size))
 
-    def unpacked(self, packed: Any, scale: Any) -> Any:
+    def unpacked(self, packed: Any, scale: Any, group: int = 32) -> Any:
         torch = self.torch
         shifts = torch.arange(0, 32, 4, device="cuda")
         nibbles = (packed.view(torch.int32)[..., None] >> shifts) & 15
         shape = (packed.shape[0], packed.shape[1] * 8)
-        return (nibbles.reshape(shape).double() - 7) * scale.double().repeat_interleave(32, 1)
+        return (nibbles.reshape(shape).double() - 7) * scale.double().repeat_interleave(group, 1)
 
-    def quantized(self, n: int, k: int) -> tuple[Any, Any]:
+    def quantized(self, n: int, k: int, group: int = 32) -> tuple[Any, Any]:
         torch = self.torch
         packed = torch.randint(-(2**31), 2**31 - 1, (n, k // 8), device="cuda", dtype=torch.int64)
-        scale = (torch.rand(n, k // 32, device="cuda") / 64).half()
+        scale = (torch.rand(n, k // group, device="cuda") / 64).half()
         return packed.to(torch.int32).view(torch.uint32), scale
 
     def operands(self, n: int, k: int, batch: int, q4: bool) -> tuple[Any, list[Any], Any]:
@@ -271,6 +298,26 @@ class _Runner:
         us = self.time(calls)
         bound = 6e-3 if case.get("gated") else 2e-3  # a product of two such sums
         self.report(case, error, bound, us=us, TBps=size / us / 1e6, plan=case["used"])
+
+    def q4_gemm(self, case: dict[str, Any]) -> None:
+        torch = self.torch
+        n, rows, k, group = (case[key] for key in ("n", "rows", "k", "group"))
+        x = torch.randn(n, k, device="cuda").half()
+        packed, scale = self.quantized(rows, k, group)
+        dense = self.unpacked(packed, scale, group).half()
+        want = torch.cat([part.double() @ dense.double().T for part in x.split(256)])
+        image = torch.full((-(-n // 256) * 256, k), torch.nan, device="cuda").half()
+        out = torch.full(want.shape, torch.nan, device="cuda").half()
+
+        def product() -> None:
+            self.call("q4_gemm_image", x, image)
+            self.call(f"q4_gemm_{group}", image, packed, scale, out)
+
+        product()
+        error = ((out.double() - want).abs().max() / want.abs().max()).item()
+        us, cublas = self.time([product]), self.time([lambda: torch.mm(x, dense.T, out=out)])
+        flops = 2 * n * rows * k / 1e6
+        self.report(case, error, 2e-3, us=us, TFLOPs=flops / us, cublas_TFLOPs=flops / cublas)
 
     def cache(self, case: dict[str, Any]) -> tuple[Any, Any, Any]:
         torch = self.torch
@@ -502,10 +549,11 @@ def main() -> int:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--arch", default="sm_90a", help="for build, comma-separated")
     parser.add_argument("--tune", action="store_true", help="build other plans of the products too")
+    parser.add_argument("--only", default="", help="for build, cases of kinds that begin so")
     parser.add_argument("--json", type=Path, help="for run, write the figures here")
     args = parser.parse_args()
     if args.mode == "build":
-        build(args.directory, tuple(args.arch.split(",")), args.tune)
+        build(args.directory, tuple(args.arch.split(",")), args.tune, args.only)
         return 0
     runner = _Runner(args.directory)
     runner.run(json.loads((args.directory / "cases.json").read_text()))

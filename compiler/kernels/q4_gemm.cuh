@@ -1,5 +1,8 @@
-// Products of many tokens with a four-bit weight on Hopper's tensor cores; see q4_gemm.py, which puts
-// the `wgmma` wrappers of each width in the place of WGMMA.
+// Products of many tokens with a four-bit weight on Hopper's tensor cores; q4_gemm.py explains them,
+// and puts the wrappers of `wgmma`, one for each width, in the place of WGMMA. Guarded, because two
+// kernels of a module include it.
+#ifndef SHARDWRIGHT_Q4_GEMM
+#define SHARDWRIGHT_Q4_GEMM
 
 __device__ __forceinline__ int shardwright_q4_tile(int n) {
   return n <= 64 ? 64 : n <= 128 ? 128 : 256;
@@ -265,3 +268,4 @@ __device__ __forceinline__ void shardwright_q4_gemm(
   else PRODUCT(256);
 #undef PRODUCT
 }
+#endif

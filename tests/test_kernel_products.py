@@ -9,7 +9,8 @@ from tvm.script import ir as I
 from tvm.script import relax as R
 from tvm.script import tirx as T
 
-from shardwright.compiler.lower import CUBLAS_PASS, MATMUL, lower_abstract
+from shardwright.compiler.cuda import cuda_target
+from shardwright.compiler.lower import CUBLAS_PASS, MATMUL, Q4_GEMM_PASS, lower_abstract
 from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.rules import op_name
 from shardwright.errors import DeviceError, WorkerError
@@ -42,6 +43,48 @@ def test_cublas_is_for_cuda_and_can_be_left_out(target, disabled, called):
         mod = lower_abstract(Product, target, disabled=disabled)
     calls = [b.value for b in bindings_of(mod["prefill"]) if isinstance(b.value, relax.Call)]
     assert (MATMUL in map(op_name, calls)) == called
+
+
+def four_bit(columns):
+    """A product of n tokens with a packed weight of 64 rows."""
+    n = tvm.tirx.Var("n", "int64")
+    shapes = [(n, columns), (64, columns // 8), (64, columns // 32)]
+    types = ["float16", "uint32", "float16"]
+    operands = [
+        relax.Var(name, relax.TensorType(shape, dtype))
+        for name, shape, dtype in zip(("x", "packed", "scale"), shapes, types, strict=True)
+    ]
+    bb = relax.BlockBuilder()
+    with bb.function("prefill", operands, attrs={"num_input": 1}):
+        with bb.dataflow():
+            call = relax.call_dps_packed(
+                "shardwright.q4_linear",
+                relax.Tuple(operands),
+                out_ty=relax.TensorType((n, 64), "float16"),
+            )
+            y = bb.emit_output(call)
+        bb.emit_func_output(y)
+    return bb.get()
+
+
+@pytest.mark.parametrize(
+    ("archs", "columns", "disabled", "kernel"),
+    [
+        (("sm_90a",), 256, frozenset(), "q4_gemm"),
+        (("sm_90a",), 256, frozenset({Q4_GEMM_PASS}), "q4_dequantize"),
+        (("sm_90a",), 96, frozenset(), "q4_dequantize"),
+        (("sm_89", "sm_90a"), 256, frozenset(), "q4_dequantize"),
+    ],
+)
+def test_four_bit_weights_go_to_hoppers_tensor_cores_unpacked_on_the_way(
+    archs, columns, disabled, kernel
+):
+    target = cuda_target(archs)
+    with target:
+        mod = lower_abstract(four_bit(columns), target, disabled=disabled)
+    kernels = {gv.name_hint for gv, f in mod.functions_items() if not isinstance(f, relax.Function)}
+    wanted = {"q4_gemm": {"q4_gemm_kernel", "q4_gemm_image_kernel"}}
+    assert kernels == wanted.get(kernel, {f"{kernel}_kernel"})
 
 
 def test_a_missing_cublas_names_its_package(monkeypatch):
