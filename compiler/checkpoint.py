@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from shardwright.compiler.hub import download
 from shardwright.errors import CheckpointError
 
 TOKENIZER_FILES = (
@@ -86,7 +86,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model: str | os.PathLike[str], weights: bool = True) -> Checkpoint:
-        """Open a local directory, or download a Hugging Face hub id.
+        """Open a local directory, or download a Hugging Face hub id, `ORG/NAME[@REVISION]`.
 
         With `weights` False only config.json and the tokenizer are fetched and needed, and
         `tensors` is empty. Raises CheckpointError if there is no such model, it holds no
@@ -94,7 +94,9 @@ class Checkpoint:
         """
         root = Path(model).expanduser()
         if not root.is_dir():
-            root = _download(str(model), root, weights)
+            if root.exists():
+                raise CheckpointError(f"{model}: is a file; pass the checkpoint's directory")
+            root = download(str(model), weights)
         path = root / "config.json"
         if not path.is_file():
             raise CheckpointError(f"{root}: no config.json, so this is no Hugging Face checkpoint")
@@ -165,39 +167,6 @@ class Checkpoint:
         self.close()
 
 
-def _download(model: str, path: Path, weights: bool) -> Path:
-    """Fetch a hub id into the user's cache and return its directory."""
-    if path.exists():
-        raise CheckpointError(f"{model}: is a file; pass the checkpoint's directory")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        raise CheckpointError(
-            f"{model}: no such model; expected a directory with config.json, or a Hugging Face id "
-            "such as meta-llama/Llama-3.1-8B"
-        )
-    # Only here: it is slow to import, and a local checkpoint does not need it.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    patterns = ["*.json", *TOKENIZER_FILES, "*.jinja", *(["*.safetensors"] if weights else [])]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except GatedRepoError:
-        raise CheckpointError(
-            f"{model}: access is restricted; accept its terms on huggingface.co and run "
-            "`hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise CheckpointError(
-            f"{model}: no such model, neither a directory here nor on huggingface.co"
-        ) from None
-    except Exception as error:  # the hub's errors come from whichever HTTP library it uses
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{model}: no such model; there is no such directory, and it cannot be fetched from "
-            f"huggingface.co ({reason})"
-        ) from None
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes())
@@ -211,10 +180,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _find_tensors(root: Path) -> dict[str, TensorInfo]:
-    """All tensors, of `model.safetensors` or else of the shards that the index names."""
+    """All tensors, of `model.safetensors`, the shards that the index names, or the only file."""
     if (root / _SINGLE).is_file():
         return read_header(root / _SINGLE)
     if not (root / _INDEX).is_file():
+        only = list(root.glob("*.safetensors"))
+        if len(only) == 1:
+            return read_header(only[0])
         raise CheckpointError(f"{root}: {_why_no_weights(root)}")
     index = _read_json(root / _INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):

@@ -112,7 +112,11 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 
 @cli.command()
-@click.option("--model", required=True, help="Checkpoint: a directory, or a name on Hugging Face.")
+@click.option(
+    "--model",
+    required=True,
+    help="Checkpoint: a directory, or ORG/NAME[@REVISION] on the Hugging Face hub.",
+)
 @click.option("-o", "--output", required=True, type=_DIRECTORY, help="Directory to write.")
 @click.option(
     "--quantization",

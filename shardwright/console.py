@@ -41,7 +41,6 @@ class TerminalProgress:
         )
 
     def __enter__(self) -> TerminalProgress:
-        self._bars.start()
         return self
 
     def __exit__(
@@ -74,6 +73,8 @@ class TerminalProgress:
 
     @contextmanager
     def _task(self, name: str, total: int | None) -> Iterator[TaskID]:
+        # Not before: until then the terminal is for the bars of a download.
+        self._bars.start()
         task = self._bars.add_task(name, total=total)
         yield task
         # A step that came to its end is whole, however well its size was known before.
