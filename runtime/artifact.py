@@ -136,8 +136,6 @@ class Manifest:
     dtype: str
     limits: Limits
     use_cuda_graph: bool
-    libraries: tuple[str, ...]
-    """Vendor libraries that the program calls besides the collectives: `cublas`, or none."""
     decode_buckets: tuple[int, ...]
     workspace_bytes: int
     state: tuple[TensorSpec, ...]
@@ -146,6 +144,8 @@ class Manifest:
     has_weights: bool
     dummy_weights: bool
     files: dict[str, FileEntry]
+    libraries: tuple[str, ...] = ()
+    """Vendor libraries that the program calls besides the collectives: `cublas`, or none."""
     schema: int = SCHEMA
 
 
