@@ -194,7 +194,7 @@ class Program:
             spec.name: self._empty(spec.shape, spec.dtype) for spec in self._manifest.weights
         }
         addresses = {name: int(tensor.data_ptr()) for name, tensor in weights.items()}
-        read_shard(path, entry, places, addresses, self._device, progress)
+        read_shard(path, entry, places, addresses, self._device, self._manifest.mesh.size, progress)
         return weights
 
 

@@ -1,13 +1,14 @@
 """Read a rank's shard into device memory: several threads, each piece checked on its way.
 
-A piece is `PIECE_BYTES` of the file. A thread reads it into a buffer (pinned memory for a GPU),
-compares its checksum with the manifest's, and starts the copies of the parts of tensors that it
-holds; meanwhile it reads its next piece into a second buffer. So the disk or page cache, the check
-and the link to the GPU work at the same time.
+A thread takes a piece of the file, `PIECE_BYTES`, and reads `BUFFER_BYTES` of it at a time into a
+buffer (pinned memory for a GPU), adds them to the checksum, and starts the copies of the parts of
+tensors that they hold; meanwhile it fills a second buffer. So the disk or page cache, the check and
+the link to the GPU work at the same time.
 """
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import threading
@@ -25,7 +26,8 @@ from shardwright.runtime.device import Device, Uploader
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
-MAX_THREADS = 8
+MAX_THREADS = 16
+BUFFER_BYTES = 4 << 20  # in the processor's cache when it is checked
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "uint8": "U8"}
 
@@ -75,12 +77,13 @@ def read_shard(
     places: Mapping[str, tuple[int, int]],
     addresses: Mapping[str, int],
     device: Device,
+    ranks: int,
     progress: Progress,
 ) -> None:
     """Copy the data at `places` (see `locate`) to device addresses, and check the whole file.
 
     Returns when everything has arrived. Raises ArtifactError if the file is not the one that was
-    built; which of its pieces were copied is not known then.
+    built; which of its pieces were copied is not known then. `ranks` share this machine's cores.
     """
     check_size(path, entry)
     parts = sorted(
@@ -88,7 +91,8 @@ def read_shard(
         key=lambda part: part.offset,
     )
     pieces = -(-entry.bytes // PIECE_BYTES)
-    threads = max(1, min(MAX_THREADS, pieces, len(os.sched_getaffinity(0))))
+    cores = len(os.sched_getaffinity(0)) // ranks
+    threads = max(1, min(MAX_THREADS, pieces, max(2, cores)))
     job = _Job(path, entry, parts, pieces, progress)
     try:
         job.descriptor = os.open(path, os.O_RDONLY)
@@ -110,6 +114,7 @@ class _Job:
     ) -> None:
         self.path, self.entry, self.parts, self.pieces = path, entry, parts, pieces
         self.progress = progress
+        self.starts = [part.offset for part in parts]
         self.descriptor = -1
         self._next, self._done = count(), 0
         self._lock = threading.Lock()
@@ -118,38 +123,48 @@ class _Job:
     def work(self, device: Device) -> None:
         """Read pieces until none is left or another thread has failed."""
         try:
-            with device.uploader(PIECE_BYTES) as uploader:
+            with device.uploader(BUFFER_BYTES) as uploader:
                 while not self._failed and (piece := next(self._next)) < self.pieces:
-                    self._read(piece, uploader)
+                    self._read_piece(piece, uploader)
         except BaseException:
             self._failed = True
             raise
 
-    def _read(self, piece: int, uploader: Uploader) -> None:
-        start = piece * PIECE_BYTES
-        size = min(PIECE_BYTES, self.entry.bytes - start)
-        buffer = uploader.buffer()[:size]
-        filled = 0
-        while filled < size:
-            try:
-                read = os.preadv(self.descriptor, [buffer[filled:]], start + filled)
-            except OSError as error:
-                raise ArtifactError(f"{self.path}: cannot be read ({error.strerror})") from None
-            if read == 0:
-                raise ArtifactError(f"{self.path}: truncated while it was read; build it again")
-            filled += read
-        if self.entry.crc32 and zlib.crc32(buffer) != self.entry.crc32[piece]:
+    def _read_piece(self, piece: int, uploader: Uploader) -> None:
+        crc, start = 0, piece * PIECE_BYTES
+        end = min(start + PIECE_BYTES, self.entry.bytes)
+        for begin in range(start, end, BUFFER_BYTES):
+            buffer = uploader.buffer()[: min(BUFFER_BYTES, end - begin)]
+            self._fill(buffer, begin)
+            crc = zlib.crc32(buffer, crc)
+            self._copy(begin, begin + len(buffer), uploader)
+            uploader.flip()
+        if self.entry.crc32 and crc != self.entry.crc32[piece]:
             raise ArtifactError(
                 f"{self.path}: altered, its checksum is not the manifest's; copy it again from "
                 "where it was built, or build the model again"
             )
-        for part in self.parts:
-            begin = max(part.offset, start)
-            end = min(part.offset + part.nbytes, start + size)
-            if begin < end:
-                uploader.put(begin - start, part.address + begin - part.offset, end - begin)
-        uploader.flip()
         with self._lock:
-            self._done += size
+            self._done += end - start
             done = self._done
         self.progress(done, self.entry.bytes)
+
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        while len(buffer):
+            try:
+                read = os.preadv(self.descriptor, [buffer], offset)
+            except OSError as error:
+                raise ArtifactError(f"{self.path}: cannot be read ({error.strerror})") from None
+            if read == 0:
+                raise ArtifactError(f"{self.path}: truncated while it was read; build it again")
+            buffer, offset = buffer[read:], offset + read
+
+    def _copy(self, start: int, end: int, uploader: Uploader) -> None:
+        """Start the copies of what lies between two offsets of the file."""
+        first = bisect.bisect_right(self.starts, start) - 1
+        for part in self.parts[max(first, 0) :]:
+            if part.offset >= end:
+                break
+            low, high = max(part.offset, start), min(part.offset + part.nbytes, end)
+            if low < high:
+                uploader.put(low - start, part.address + low - part.offset, high - low)

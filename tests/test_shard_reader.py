@@ -29,6 +29,7 @@ SPECS = tuple(WeightSpec(n, a.shape, str(a.dtype), "Replicate") for n, a in WEIG
 def shard(tmp_path, monkeypatch) -> tuple[Path, FileEntry]:
     for module in (shard_reader, shard_writer):
         monkeypatch.setattr(module, "PIECE_BYTES", PIECE)
+    monkeypatch.setattr(shard_reader, "BUFFER_BYTES", 300)
     path = tmp_path / "shard.safetensors"
     tensors = [(spec.name, spec.shape, spec.dtype) for spec in SPECS]
     with ShardWriter(path, tensors) as writer:
@@ -44,7 +45,7 @@ def shard(tmp_path, monkeypatch) -> tuple[Path, FileEntry]:
 def load(path: Path, entry: FileEntry, progress=lambda done, total: None) -> dict[str, np.ndarray]:
     arrays = {name: np.full_like(array, 77) for name, array in WEIGHTS.items()}
     addresses = {name: array.ctypes.data for name, array in arrays.items()}
-    read_shard(path, entry, locate(path, SPECS), addresses, CpuDevice(), progress)
+    read_shard(path, entry, locate(path, SPECS), addresses, CpuDevice(), 1, progress)
     return arrays
 
 
