@@ -48,7 +48,7 @@ class Controller:
             progress: called with this rank's bytes loaded so far and in all.
             collectives: "auto" or "nccl", see `Session`.
         """
-        world, cuda = manifest.mesh.size, manifest.target.kind == "cuda"
+        world, kind = manifest.mesh.size, manifest.target.kind
         self._timeout = timeout
         self._progress = progress
         self._sent = 0
@@ -56,15 +56,15 @@ class Controller:
         self._segment: Path | None = None
         self._results: Results = queue.SimpleQueue()
         self._directory = Path(tempfile.mkdtemp(prefix="shardwright-"))
-        self._processes = WorkerProcesses(self._directory, cuda)
+        self._processes = WorkerProcesses(self._directory, kind)
         self._worker = add_worker(self._directory, self._results)
         self._disco: Any = None
         self._call: Any = None
         try:
-            tvm_runtime.load(cuda)
+            tvm_runtime.load(kind)
             register(rank=0)
             # Here, so that the workers find it compiled.
-            self._segment = create_segment(world) if world > 1 and not cuda else None
+            self._segment = create_segment(world) if world > 1 and kind == "cpu" else None
             self._disco = self._processes.create_session(world)
             self._call = self._disco.get_global_func(CALL)
             segment = None if self._segment is None else str(self._segment)

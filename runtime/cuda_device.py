@@ -17,16 +17,16 @@ from shardwright.runtime.device import POLL_SECONDS, Pending, Uploader
 class CudaDevice:
     """An NVIDIA GPU with a stream of its own."""
 
+    arch = ""
+
     _SLOTS = 64  # more reads than the session ever keeps in flight
     _SLOT_BYTES = 4096
 
     def __init__(self, index: int, use_graph: bool) -> None:
-        import tvm
         import tvm_ffi
 
-        self.tvm = tvm.cuda(index)
+        self.tvm, self._cuda = self._open(index)
         self._use_raw_stream = tvm_ffi.use_raw_stream
-        self._cuda = cudart()
         self._use_graph = use_graph
         self.aborted = False
         self._seen: set[Any] = set()
@@ -41,6 +41,12 @@ class CudaDevice:
         size = self._SLOTS * self._SLOT_BYTES
         call(self._cuda, "cudaHostAlloc", ctypes.byref(self._pinned), ctypes.c_size_t(size), 0)
         self._next = 0
+
+    def _open(self, index: int) -> tuple[Any, Any]:
+        """The device as TVM has it, and the library with the functions of the CUDA runtime."""
+        import tvm
+
+        return tvm.cuda(index), cudart()
 
     def _new_event(self) -> ctypes.c_void_p:
         event = ctypes.c_void_p()
@@ -143,7 +149,7 @@ class CudaDevice:
 class _CudaUploader:
     """Pinned buffers and a stream of its own, so that threads do not wait for each other."""
 
-    def __init__(self, cuda: ctypes.CDLL, nbytes: int) -> None:
+    def __init__(self, cuda: Any, nbytes: int) -> None:
         self._cuda = cuda
         self._nbytes = nbytes
         self._memory, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
@@ -194,7 +200,7 @@ class _CudaUploader:
 
 
 class _CudaRead:
-    def __init__(self, cuda: ctypes.CDLL, event: ctypes.c_void_p, address: int, count: int) -> None:
+    def __init__(self, cuda: Any, event: ctypes.c_void_p, address: int, count: int) -> None:
         self._cuda, self._event, self._address, self._count = cuda, event, address, count
 
     def ready(self) -> bool:

@@ -12,19 +12,19 @@ def cudart() -> ctypes.CDLL:
     return load_cuda_library("libcudart.so.13")
 
 
-def call(cuda: ctypes.CDLL, name: str, *arguments: Any) -> None:
+def call(cuda: Any, name: str, *arguments: Any) -> None:
     """Call a function; WorkerError if it fails."""
     check(cuda, name, getattr(cuda, name)(*arguments))
 
 
-def check(cuda: ctypes.CDLL, what: str, status: int) -> None:
+def check(cuda: Any, what: str, status: int) -> None:
     """Raise WorkerError with CUDA's reason unless `status` is success."""
     if status != 0:
         cuda.cudaGetErrorString.restype = ctypes.c_char_p
         raise WorkerError(f"{what} failed: {cuda.cudaGetErrorString(status).decode()}")
 
 
-def done(cuda: ctypes.CDLL, event: ctypes.c_void_p) -> bool:
+def done(cuda: Any, event: ctypes.c_void_p) -> bool:
     """Whether the GPU has passed an event. Raises WorkerError if the GPU has failed."""
     status = cuda.cudaEventQuery(event)
     not_ready = 600

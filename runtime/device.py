@@ -46,6 +46,8 @@ class Device(Protocol):
     """One rank's device, used from one thread; `Pending` may be polled from another."""
 
     tvm: Any
+    arch: str
+    """Of an AMD GPU, such as "gfx1100"; empty elsewhere."""
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """Context in which programs run on this device's stream."""
@@ -93,6 +95,8 @@ class _HostUploader:
 
 class CpuDevice:
     """Programs run synchronously in the calling thread and TVM's thread pool."""
+
+    arch = ""
 
     def __init__(self) -> None:
         import tvm
@@ -149,19 +153,13 @@ def check_devices(manifest: Manifest) -> None:
 
     Raises DeviceError otherwise. A model for the CPU always passes.
     """
-    if manifest.target.kind == "rocm":
-        raise DeviceError(
-            f"{manifest.name} was built for AMD GPUs, which this version does not run yet; "
-            "build it with --target cpu or cuda"
-        )
-    if manifest.target.kind != "cuda":
+    if manifest.target.kind == "cpu":
         return
-    world, found = manifest.mesh.size, device_count()
-    if found < world:
-        raise DeviceError(
-            f"{manifest.name} was built for {world} GPUs and this machine has {found}; "
-            f"build it again with --num-shards {max(found, 1)}, or check CUDA_VISIBLE_DEVICES"
-        )
+    if manifest.target.kind == "rocm":
+        _check_amd(manifest)
+        return
+    _check_count(manifest, device_count(), "CUDA_VISIBLE_DEVICES")
+    world = manifest.mesh.size
     for index in range(world):
         capability = compute_capability(index)
         if not runs_on(manifest.target.archs, capability):
@@ -169,6 +167,27 @@ def check_devices(manifest: Manifest) -> None:
             raise DeviceError(
                 f"{manifest.name} holds code for {', '.join(manifest.target.archs)}, and GPU "
                 f"{index} is {name}; build it again with --arch {name}"
+            )
+
+
+def _check_count(manifest: Manifest, found: int, variable: str) -> None:
+    if found < manifest.mesh.size:
+        raise DeviceError(
+            f"{manifest.name} was built for {manifest.mesh.size} GPUs and this machine has {found};"
+            f" build it again with --num-shards {max(found, 1)}, or check {variable}"
+        )
+
+
+def _check_amd(manifest: Manifest) -> None:
+    from shardwright.runtime import hip
+
+    _check_count(manifest, hip.device_count(), "HIP_VISIBLE_DEVICES")
+    for index in range(manifest.mesh.size):
+        arch = hip.architecture(index)
+        if arch not in manifest.target.archs:
+            raise DeviceError(
+                f"{manifest.name} holds code for {', '.join(manifest.target.archs)}, and GPU "
+                f"{index} is {arch}; build it again with --arch {arch}"
             )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shardwright.errors import WorkerError
+from shardwright.errors import DeviceError, WorkerError
 from shardwright.runtime.collectives import AbortedError
 from shardwright.runtime.cudart import call, cudart
 from shardwright.runtime.tvm_runtime import load_cuda_library
@@ -23,17 +23,30 @@ class NcclCollectives:
     # ncclDataType_t of nccl.h
     _DTYPES = {"int32": 2, "float16": 6, "float32": 7}  # noqa: RUF012
     _SUM = 0
+    _FUNCTIONS = (
+        *("ncclGetUniqueId", "ncclCommInitRank", "ncclCommAbort", "ncclCommDestroy"),
+        *("ncclAllReduce", "ncclAllGather", "ncclGetErrorString"),
+    )
+    _NEEDED = "NCCL 2.19 or later: pip install nvidia-nccl-cu13"
 
     def __init__(
         self, directory: Path, rank: int, world: int, device: Any, aborted: Callable[[], bool]
     ) -> None:
         self._device = device
         self._aborted = aborted
-        self._library = load_cuda_library("libnccl.so.2")
+        self._library, self._cuda = self._open()
+        for name in self._FUNCTIONS:
+            if not hasattr(self._library, name):
+                raise DeviceError(
+                    f"{self._library._name} has no function {name}; install {self._NEEDED}"
+                )
         pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
         self._library.ncclGetErrorString.restype = ctypes.c_char_p
-        self._library.ncclGetLastError.restype = ctypes.c_char_p
-        self._library.ncclGetLastError.argtypes = [pointer]
+        # Older versions have none.
+        self._last_error = getattr(self._library, "ncclGetLastError", None)
+        if self._last_error is not None:
+            self._last_error.restype = ctypes.c_char_p
+            self._last_error.argtypes = [pointer]
         self._library.ncclCommInitRank.argtypes = [pointer, integer, _UniqueId, integer]
         self._library.ncclAllReduce.argtypes = [
             *(pointer, pointer, size, integer, integer),
@@ -46,6 +59,10 @@ class NcclCollectives:
         self._communicator: int | None = None
         self._communicator = self._join(self._exchange_id(directory / "nccl-id", rank), rank, world)
 
+    def _open(self) -> tuple[Any, Any]:
+        """The library, and the one with the functions of the CUDA runtime."""
+        return load_cuda_library("libnccl.so.2"), cudart()
+
     def _join(self, unique: _UniqueId, rank: int, world: int) -> int | None:
         """Create the communicator, in a thread of its own.
 
@@ -53,10 +70,9 @@ class NcclCollectives:
         keep this process from ending.
         """
         communicator, status = ctypes.c_void_p(), ctypes.c_int(-1)
-        cuda = cudart()
 
         def create() -> None:
-            call(cuda, "cudaSetDevice", self._device.index)
+            call(self._cuda, "cudaSetDevice", self._device.index)
             status.value = self._library.ncclCommInitRank(
                 ctypes.byref(communicator), world, unique, rank
             )
@@ -151,5 +167,6 @@ class NcclCollectives:
     def _check(self, status: int, what: str) -> None:
         if status != 0:
             reason = self._library.ncclGetErrorString(status).decode()
-            last = (self._library.ncclGetLastError(None) or b"").decode(errors="replace").strip()
-            raise WorkerError(f"{what} failed: {reason}: {last}; NCCL_DEBUG=INFO prints more")
+            last = (self._last_error(None) if self._last_error else b"") or b""
+            detail = last.decode(errors="replace").strip()
+            raise WorkerError(f"{what} failed: {reason}: {detail}; NCCL_DEBUG=INFO prints more")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shardwright.runtime.worker import CUDA_VARIABLE
+from shardwright.runtime.worker import DEVICE_VARIABLE
 
 _POOL = "shardwright.create_process_pool"
 _F_SETPIPE_SZ = 1031  # in module fcntl from Python 3.10 on Linux only
@@ -20,9 +20,9 @@ _PIPE_BYTES = 1 << 20
 class WorkerProcesses:
     """Starts, watches and ends worker processes. They also end when this process does."""
 
-    def __init__(self, directory: Path, cuda: bool) -> None:
+    def __init__(self, directory: Path, kind: str) -> None:
         self._directory = directory
-        self._environment = {**os.environ, CUDA_VARIABLE: "1" if cuda else "0"}
+        self._environment = {**os.environ, DEVICE_VARIABLE: kind}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._descriptors: list[int] = []
 

@@ -67,7 +67,7 @@ class Program:
         self._weights = self._load_weights(directory, progress)
         clock.lap("weights")
         self._state = {spec.name: self._make_state(spec) for spec in manifest.state}
-        self._workspace = self._vm["workspace"]()
+        self._workspace = self._function("workspace")()
         chunk, rows = manifest.limits.prefill_chunk_size, manifest.limits.max_batch_size
         self._inputs = {
             name: self._empty((chunk,), "int32")
@@ -88,7 +88,7 @@ class Program:
             buffer = self._inputs[name]
             view = buffer if buffer.shape == array.shape else buffer._create_view(array.shape)
             views[name] = view.copyfrom(array)
-        self._vm["prefill"](*self._arguments("prefill", views))
+        self._function("prefill")(*self._arguments("prefill", views))
 
     @property
     def peer_buffer(self) -> int | None:
@@ -104,7 +104,7 @@ class Program:
     def _bind_decode(self, suffix: str) -> None:
         self._decode = {
             bucket: functools.partial(
-                self._vm[f"decode_{bucket}{suffix}"],
+                self._function(f"decode_{bucket}{suffix}"),
                 *self._arguments(f"decode_{bucket}{suffix}", {}),
             )
             for bucket in self._manifest.decode_buckets
@@ -112,7 +112,7 @@ class Program:
 
     def sample(self) -> None:
         """Choose the next token of every active row from its logits."""
-        self._vm["sample"](*self._sample_arguments)
+        self._function("sample")(*self._sample_arguments)
 
     def decode(self, bucket: int) -> None:
         """Run one step for the first `bucket` rows: feed `tokens`, and choose the next ones."""
@@ -136,6 +136,11 @@ class Program:
             "workspace": self._manifest.workspace_bytes,
             "other": sum(map(_nbytes, (*self._state.values(), *self._inputs.values()))) - cache,
         }
+
+    def _function(self, name: str) -> Callable[..., Any]:
+        """A function of the library; for AMD GPUs it has one for each architecture."""
+        arch = self._device.arch
+        return self._vm[f"{name}_{arch}" if arch else name]  # type: ignore[no-any-return]
 
     def _arguments(self, function: str, inputs: dict[str, Any]) -> list[Any]:
         """Values for a function's arguments; inputs of the call take precedence over state."""

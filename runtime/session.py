@@ -67,7 +67,7 @@ class Session:
         directory = Path(path)
         self.manifest = load_manifest(directory)
         check_manifest(directory, self.manifest, num_shards)
-        tvm_runtime.load(cuda=self.manifest.target.kind == "cuda")
+        tvm_runtime.load(self.manifest.target.kind)
         check_devices(self.manifest)
         self._controller = Controller(directory, self.manifest, timeout, progress, collectives)
         self._finalizer = weakref.finalize(self, self._controller.close)
@@ -254,7 +254,7 @@ class Session:
         A GPU takes several ahead, because the host follows a step behind or more. On CPUs one,
         because a step too many delays the next call.
         """
-        block, ahead = (8, 16) if self.manifest.target.kind == "cuda" else (1, 1)
+        block, ahead = (8, 16) if self.manifest.target.kind != "cpu" else (1, 1)
         bucket, sent, received = self._bucket(count), 0, 0
         while True:
             while sent < total and sent - received < ahead:

@@ -16,13 +16,14 @@ _PACKAGES = {
 }
 
 
-def load(cuda: bool = False) -> None:
+def load(kind: str = "cpu") -> None:
     """Make `import tvm`, `tvm.runtime.disco` and `tvm.runtime.vm` work in this process.
 
     TVM comes in runtime-only mode (7 MB instead of the compiler's 150), unless this process has
-    imported the compiler before. With `cuda`, the CUDA device runtime is loaded too.
+    imported the compiler before. For the kinds of device "cuda" and "rocm", their runtime is loaded
+    too.
 
-    Raises DeviceError if a CUDA library or the driver is missing.
+    Raises DeviceError if a CUDA or ROCm library or the driver is missing.
     """
     if "tvm" not in sys.modules:
         import tvm_ffi  # noqa: F401  (its library must come before TVM's)
@@ -30,11 +31,15 @@ def load(cuda: bool = False) -> None:
         lib = _tvm_lib()
         for name in ("libtvm_runtime.so", "libtvm_runtime_extra.so"):
             ctypes.CDLL(str(lib / name), mode=ctypes.RTLD_GLOBAL)
-        if cuda:
+        if kind == "cuda":
             _load_cuda(lib)
         _import_runtime_only()
-    elif cuda:
+    elif kind == "cuda":
         _load_cuda(_tvm_lib())
+    if kind == "rocm":
+        from shardwright.runtime.hip import load_plugin
+
+        load_plugin()
     _repair_disco()
 
 

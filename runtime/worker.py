@@ -40,7 +40,7 @@ from shardwright.runtime.rows import Piece
 _log = logging.getLogger("shardwright")
 
 CALL = "shardwright.worker.call"
-CUDA_VARIABLE = "SHARDWRIGHT_WORKER_CUDA"
+DEVICE_VARIABLE = "SHARDWRIGHT_WORKER_DEVICE"
 
 Results = queue.SimpleQueue[tuple[str, Any]]
 
@@ -107,19 +107,24 @@ class Worker:
         clock = Clock()
         manifest = self._manifest = load_manifest(artifact)
         world = manifest.mesh.size
-        if manifest.target.kind == "cuda":
-            gpu = CudaDevice(self.rank, manifest.use_cuda_graph)
-            self._device = gpu
+        join: type[NcclCollectives] = NcclCollectives
+        if manifest.target.kind == "cpu":
+            _use_threads(world)
+        else:
+            open_gpu: type[CudaDevice] = CudaDevice
+            if manifest.target.kind == "rocm":
+                from shardwright.runtime.hip import HipDevice, RcclCollectives
+
+                open_gpu, join = HipDevice, RcclCollectives
+            self._device = gpu = open_gpu(self.rank, manifest.use_cuda_graph)
             if cublas.LIBRARY in manifest.libraries:
                 with gpu.scope():
                     cublas.install(self.rank)
-        else:
-            _use_threads(world)
         with self._device.scope():
             if segment is not None:
                 self._collectives = HostCollectives(Path(segment), self.rank, world)
             elif world > 1:
-                self._collectives = NcclCollectives(
+                self._collectives = join(
                     self._directory, self.rank, world, gpu.tvm, lambda: gpu.aborted
                 )
             clock.lap("join")
@@ -285,7 +290,7 @@ def main() -> None:
     rank, world, groups, read, write = map(int, sys.argv[1:6])
     # tvm_ffi imports torch where it is installed: seconds and memory that no worker needs.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-    tvm_runtime.load(cuda=os.environ.get(CUDA_VARIABLE) == "1")
+    tvm_runtime.load(os.environ.get(DEVICE_VARIABLE, "cpu"))
     import tvm_ffi
 
     register(rank)

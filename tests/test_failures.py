@@ -125,7 +125,7 @@ def test_another_number_of_ranks(fake_model: Fake):
 def cuda_model(fake_copy: Fake, monkeypatch: pytest.MonkeyPatch, archs: list[str]) -> Path:
     directory = fake_copy(2)
     edit_manifest(directory, lambda data: data.update(target={"kind": "cuda", "archs": archs}))
-    monkeypatch.setattr("shardwright.runtime.tvm_runtime.load", lambda cuda=False: None)
+    monkeypatch.setattr("shardwright.runtime.tvm_runtime.load", lambda kind="cpu": None)
     return directory
 
 
