@@ -33,6 +33,7 @@ from shardwright.compiler.weights import Source, Weight, ignore_buffers, write_s
 from shardwright.compiler.workspace import PlanWorkspace
 from shardwright.errors import ConfigError, UsageError
 from shardwright.model_defs import family_of
+from shardwright.model_defs.layers import Stored
 from shardwright.runtime import artifact, cublas
 
 MAX_RANKS = 16
@@ -255,8 +256,9 @@ def partition_program(
     verify(partitioned, placements, ranks)
     pipeline.dump(partitioned.mod, dump_ir, "1-partitioned")
 
+    dtypes = {p.name: str(p.ty.dtype) for p in traced.mod["prefill"].params}
     table = {
-        n: Weight(n, (Source(n, shapes[n], placements[n]),), scheme.dtype)
+        n: Weight(n, (_source(n, shapes[n], placements[n], traced.stored.get(n)),), dtypes[n])
         for n in traced.param_axes
     }
     weights = linear.Weights(table)
@@ -271,6 +273,20 @@ def partition_program(
         mod = linear.quantize(mod, weights, groups)
     pipeline.dump(mod, dump_ir, "2-linear")
     return Program(traced, partitioned, mod, weights.table, placements, mesh)
+
+
+def _source(
+    name: str, shape: tuple[int, ...], placement: Placement, stored: Stored | None
+) -> Source:
+    """The tensor of the checkpoint that parameter `name` is."""
+    if stored is None or stored.path is None:
+        return Source(name, shape, placement, plus=stored.plus if stored else 0.0)
+    module = name.split(".")[:-1]
+    path = stored.path
+    while path.startswith("../"):
+        module, path = module[:-1], path[3:]
+    whole = ".".join([*module, path])
+    return Source(name, shape, placement, stored.plus, joined=whole, first=stored.first)
 
 
 def _group(name: str, axes: tuple[str, ...], group: int, config: Any) -> int:

@@ -126,6 +126,19 @@ def _rotary_table(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> rela
     return relax.call_tir(kernel, [positions, lengths, inv_freq], call.ty)
 
 
+def _rotary_table_long(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    positions, lengths, inv_freq, scale, trained = args
+    kernel = k.kernel(
+        rotary.rotary_table,
+        tokens=_tokens(k, positions),
+        half=shape_of(inv_freq)[1],
+        scale=_value(scale),
+        longer=_value(trained),
+        target=k.target,
+    )
+    return relax.call_tir(kernel, [positions, lengths, inv_freq], call.ty)
+
+
 def _cache_shapes(
     k: _Kernels, q: relax.Expr, k_pages: relax.Expr, page_table: relax.Expr
 ) -> dict[str, Any]:
@@ -148,7 +161,14 @@ def _rotary_append(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> rel
     """Queries, keys and values apart (four tensors before the pages) or joined (two)."""
     pages = next(i for i, x in enumerate(args) if len(shape_of(x)) == 5)
     shapes = _cache_shapes(k, relax.Var("q", call.ty.fields[0]), args[pages], args[pages + 2])
-    kernel = k.kernel(rotary.rotary_append, **shapes, target=k.target, joined=pages == 2)
+    turned = 2 * shape_of(args[pages - 1])[2]
+    kernel = k.kernel(
+        rotary.rotary_append,
+        **shapes,
+        target=k.target,
+        joined=pages == 2,
+        rotary=turned if turned < shapes["head_dim"] else None,
+    )
     # Results: rotated q is new, the pages are operands.
     return relax.call_tir_inplace(kernel, args, [-1, pages, pages + 1], list(call.ty.fields))
 
@@ -427,6 +447,7 @@ Lowering = Callable[[_Kernels, relax.Call, list[relax.Expr]], relax.Expr]
 
 LOWERINGS: dict[str, Lowering] = {
     "shardwright.rotary_table": _rotary_table,
+    "shardwright.rotary_table_long": _rotary_table_long,
     "shardwright.rotary_append": _rotary_append,
     "shardwright.rotary_append_joined": _rotary_append,
     "shardwright.add_rms_norm": _add_rms_norm,

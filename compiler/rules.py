@@ -231,6 +231,7 @@ def _attention_check(cuts: dict[str, Shard | None]) -> None:
 
 ABSTRACT_RULES: dict[str, Rule] = {
     "shardwright.rotary_table": parse("N, N, R, (), (), () -> N T R"),
+    "shardwright.rotary_table_long": parse("N, N, F R, (), () -> N T R"),
     "shardwright.rotary_append": parse(
         "N q D, N k D, N k D, N T R, L P k S D, L P k S D, B M, N, N, ()"
         " -> N q D, L P k S D, L P k S D",

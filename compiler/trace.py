@@ -17,7 +17,7 @@ import tvm
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import op, spec
 
-from shardwright.model_defs.layers import Cache, abstract
+from shardwright.model_defs.layers import Cache, Stored, abstract
 
 SAMPLING_FLOATS, SAMPLING_INTS, MAX_EOS = 4, 8, 16
 PREFILL_INPUTS = ("tokens", "rows", "positions", "lengths")
@@ -157,11 +157,15 @@ def _store_logits(new: nn.Tensor, gate: nn.Tensor, logits: nn.Tensor) -> nn.Tens
 
 @dataclass
 class Traced:
-    """The global program: IR, parameters in argument order with their logical axes, and state."""
+    """The global program: IR, parameters in argument order with their logical axes, and state.
+
+    `stored` has the parameters that a checkpoint keeps otherwise than under their own name.
+    """
 
     mod: tvm.IRModule
     param_axes: dict[str, tuple[str, ...]]
     state: dict[str, StateSpec]
+    stored: dict[str, Stored]
 
 
 def trace(model: nn.Module, dtype: str, limits: Limits) -> Traced:
@@ -193,4 +197,5 @@ def trace(model: nn.Module, dtype: str, limits: Limits) -> Traced:
         raw[name] = {**args, "$": {"param_mode": mode, "effect_mode": "none"}}
     mod, params = model.export_tvm(spec.ModuleSpec.from_raw(raw, model))
     axes = {name: tuple(p.attrs["axes"]) for name, p in params}
-    return Traced(mod, axes, state)
+    stored = {name: p.attrs["stored"] for name, p in params if "stored" in p.attrs}
+    return Traced(mod, axes, state, stored)

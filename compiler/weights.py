@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,11 +32,18 @@ _THREADS = 2
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the checkpoint: its name there, its global shape, and how the ranks share it."""
+    """A tensor of the checkpoint: its name there, its global shape, and how the ranks share it.
+
+    `plus` is added to its values. It is part of the tensor `joined`, from row `first` on, where the
+    checkpoint has it joined with others.
+    """
 
     name: str
     shape: tuple[int, ...]
     placement: Placement
+    plus: float = 0.0
+    joined: str | None = None
+    first: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.placement, Partial):
@@ -133,6 +140,31 @@ def check_names(
         raise CheckpointError(f"{checkpoint.root}: wrong shapes: {listing(wrong)}")
 
 
+def split_joined(checkpoint: Checkpoint, weights: Sequence[Weight]) -> None:
+    """Let `checkpoint` have the sources that are part of a tensor as tensors of their own.
+
+    Raises CheckpointError if such a tensor is missing or its parts do not make up its shape.
+    """
+    parts: dict[str, list[Source]] = {}
+    for source in (s for weight in weights for s in weight.sources if s.joined):
+        parts.setdefault(str(source.joined), []).append(source)
+    for name, sources in parts.items():
+        whole = checkpoint.tensors.pop(name, None)
+        if whole is None:
+            continue  # perhaps someone took it apart; else the parts are found missing
+        rows = sum(source.shape[0] for source in sources)
+        expected = (rows, *sources[0].shape[1:])
+        if whole.shape != expected:
+            raise CheckpointError(
+                f"{checkpoint.root}: wrong shapes: {name} is {whole.shape}, config.json says "
+                f"{expected}"
+            )
+        row = whole.nbytes // rows
+        for source in sources:
+            offset = whole.offset + source.first * row
+            checkpoint.tensors[source.name] = replace(whole, offset=offset, shape=source.shape)
+
+
 def write_shards(
     checkpoint: Checkpoint,
     weights: Sequence[Weight],
@@ -148,6 +180,7 @@ def write_shards(
     the manifest's entry of each file. Raises CheckpointError as `check_names` does, and for values
     that are NaN, infinite or beyond the range of the dtype; BuildError if a file cannot be written.
     """
+    split_joined(checkpoint, weights)
     check_names(checkpoint, weights, ignored)
     paths = [shard_name(rank, world) for rank in range(world)]
     try:
@@ -195,16 +228,18 @@ def _converted(
     waiting: deque[Future[list[_Piece]]] = deque()
     for source in weight.sources:
         for read in reads(checkpoint, source.name, source.placement, world):
-            waiting.append(pool.submit(_convert, weight, source.name, read))
+            waiting.append(pool.submit(_convert, weight, source, read))
             if len(waiting) > _THREADS:
                 yield from waiting.popleft().result()
     while waiting:
         yield from waiting.popleft().result()
 
 
-def _convert(weight: Weight, name: str, read: Read) -> list[_Piece]:
-    pieces = []
+def _convert(weight: Weight, source: Source, read: Read) -> list[_Piece]:
+    pieces, name = [], source.name
     for ranks, values in read():
+        if source.plus:
+            values = _as_float(values) + np.float32(source.plus)
         if weight.group is None:
             data, scale = cast(values, weight.dtype, name), None
         else:

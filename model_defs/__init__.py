@@ -12,8 +12,15 @@ from typing import Any
 
 from shardwright.errors import ConfigError
 from shardwright.model_defs.config import LlamaConfig
+from shardwright.model_defs.gemma import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+)
 from shardwright.model_defs.llama import LlamaForCausalLM
 from shardwright.model_defs.mistral import MistralConfig
+from shardwright.model_defs.phi3 import Phi3Config, Phi3ForCausalLM
 from shardwright.model_defs.qwen import Qwen2Config, Qwen3Config, Qwen3ForCausalLM
 
 
@@ -27,7 +34,10 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(LlamaConfig, LlamaForCausalLM),
+    "Gemma2ForCausalLM": Family(Gemma2Config, Gemma2ForCausalLM),
+    "Gemma3ForCausalLM": Family(Gemma3Config, Gemma3ForCausalLM),
     "MistralForCausalLM": Family(MistralConfig, LlamaForCausalLM),
+    "Phi3ForCausalLM": Family(Phi3Config, Phi3ForCausalLM),
     "Qwen2ForCausalLM": Family(Qwen2Config, LlamaForCausalLM),
     "Qwen3ForCausalLM": Family(Qwen3Config, Qwen3ForCausalLM),
 }

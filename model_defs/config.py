@@ -76,6 +76,7 @@ class LlamaConfig:
     reads: ClassVar[frozenset[str]] = frozenset()
     ignores: ClassVar[frozenset[str]] = frozenset()
     activations: ClassVar[tuple[str, ...]] = ("silu",)
+    default_theta: ClassVar[float] = 10000.0
 
     vocab_size: int
     hidden_size: int
@@ -120,7 +121,11 @@ class LlamaConfig:
             )
         head_dim = _head_dim(get, hidden, heads)
         max_positions = get.integer("max_position_embeddings", 2048)
-        theta, scaling = read_rope(get.values, max_positions, head_dim)
+        partial = "partial_rotary_factor" in cls.reads
+        rotary_dim = cls.read_rotary_dim(get, head_dim)
+        theta, scaling = read_rope(
+            get.values, max_positions, rotary_dim, cls.default_theta, partial=partial
+        )
         return {
             "vocab_size": get.integer("vocab_size"),
             "hidden_size": hidden,
@@ -141,6 +146,16 @@ class LlamaConfig:
             "eos_token_id": get.tokens("eos_token_id"),
             "dtype": _read_dtype(get),
         }
+
+    @classmethod
+    def read_rotary_dim(cls, get: Reader, head_dim: int) -> int:
+        """Elements of a head that are rotated, the first ones."""
+        return head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that are rotated, the first ones."""
+        return self.head_dim
 
     @property
     def qkv_bias(self) -> bool:

@@ -55,6 +55,13 @@ class Reader:
         """A positive finite number, or None if the field is absent."""
         return None if self.values.get(key) is None else self.number(key)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of positive finite numbers."""
+        value = self.values.get(key)
+        if not isinstance(value, list) or not value:
+            raise self.fail(key, "a list of positive numbers")
+        return tuple(Reader({key: item}, self.prefix).number(key) for item in value)
+
     def boolean(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self.values.get(key)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from tvm import relax, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import op
@@ -23,6 +24,27 @@ def parameter(shape: tuple[int, ...], axes: Axes, dtype: str) -> nn.Parameter:
     param = nn.Parameter(shape, dtype)
     param.attrs["axes"] = axes
     return param
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a checkpoint keeps a parameter, where it is not simply there under its own name.
+
+    It is rows `first` and on of the tensor `path`, which is relative to the module that holds the
+    parameter, as a path among files: `../qkv_proj.weight`. `plus` is added to what is stored.
+    """
+
+    path: str | None = None
+    first: int = 0
+    plus: float = 0.0
+
+
+def stored_joined(path: str, linears: list[Linear]) -> None:
+    """The checkpoint keeps the weights of `linears` as one tensor, one after the other."""
+    first = 0
+    for linear in linears:
+        linear.weight.attrs["stored"] = Stored(path, first)
+        first += linear.weight.shape[0]
 
 
 class Linear(nn.Module):
@@ -161,20 +183,21 @@ class Cache:
 def rotary_table(
     positions: nn.Tensor,
     lengths: nn.Tensor,
-    inv_freq: np.ndarray[tuple[int], np.dtype[np.float32]],
+    inv_freq: npt.NDArray[np.float32],
     scale: float,
     ntk: tuple[float, int] | None,
 ) -> nn.Tensor:
-    """Cosines and sines, float32 [n, 2, head_dim / 2], of the tokens' rotary angles.
+    """Cosines and sines, float32 [n, 2, rotary_dim / 2], of the tokens' rotary angles.
 
     `scale` multiplies both (yarn). `ntk` = (factor, trained length) grows the base with each
-    token's sequence length in `lengths` int32 [n] once that exceeds the trained length.
+    token's sequence length in `lengths` int32 [n] once that exceeds the trained length. With two
+    rows of `inv_freq`, the second is for such sequences.
     """
     factor, trained = ntk if ntk else (1.0, 0)
-    table = nn.Tensor.placeholder([positions.shape[0], 2, len(inv_freq)], "float32")
-    (out,) = abstract(
-        "rotary_table",
-        [positions, lengths, nn.Tensor.from_const(inv_freq), float(scale), float(factor), trained],
-        like=[table],
-    )
+    table = nn.Tensor.placeholder([positions.shape[0], 2, inv_freq.shape[-1]], "float32")
+    args = [positions, lengths, nn.Tensor.from_const(inv_freq), float(scale)]
+    if inv_freq.ndim == 2:
+        (out,) = abstract("rotary_table_long", [*args, trained], like=[table])
+    else:
+        (out,) = abstract("rotary_table", [*args, float(factor), trained], like=[table])
     return out

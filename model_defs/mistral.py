@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from shardwright.model_defs.config import LlamaConfig, read_windows
 from shardwright.model_defs.fields import Reader
@@ -14,7 +15,7 @@ class MistralConfig(LlamaConfig):
     """Configuration of Mistral."""
 
     model_type = "mistral"
-    defaults = {  # noqa: RUF012
+    defaults: ClassVar[Mapping[str, Any]] = {
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,
         "sliding_window": 4096,

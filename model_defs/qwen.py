@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm.relax.frontend import nn
 
@@ -23,7 +24,7 @@ class Qwen2Config(LlamaConfig):
     """
 
     model_type = "qwen2"
-    defaults = {  # noqa: RUF012
+    defaults: ClassVar[Mapping[str, Any]] = {
         "max_position_embeddings": 32768,
         "num_key_value_heads": 32,
         "sliding_window": 4096,
@@ -56,7 +57,7 @@ class Qwen3Config(Qwen2Config):
     """Configuration of Qwen 3: biases only where config.json asks for them."""
 
     model_type = "qwen3"
-    defaults = {**Qwen2Config.defaults, "head_dim": 128}  # noqa: RUF012
+    defaults: ClassVar[Mapping[str, Any]] = {**Qwen2Config.defaults, "head_dim": 128}
 
     @property
     def qkv_bias(self) -> bool:

@@ -22,7 +22,8 @@ class RopeScaling:
     """How rotary frequencies are stretched; field names as in transformers' `rope_parameters`.
 
     `factor` applies to all types but `default`, `low_freq_factor` and `high_freq_factor` to
-    `llama3`, `original_max_position_embeddings` to `llama3` and `yarn`, the rest to `yarn`.
+    `llama3`, `original_max_position_embeddings` to `llama3`, `yarn` and `longrope`, `short_factor`
+    and `long_factor` to `longrope`, `attention_factor` to it and `yarn`, the rest to `yarn`.
     """
 
     type: str = "default"
@@ -36,7 +37,11 @@ class RopeScaling:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
+
+_ALIASES = {"su": "longrope"}  # as the first checkpoints of Phi-3 call it
 
 _ROPE_KEYS = {
     "default": (),
@@ -47,6 +52,13 @@ _ROPE_KEYS = {
         "low_freq_factor",
         "high_freq_factor",
         "original_max_position_embeddings",
+    ),
+    "longrope": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "short_factor",
+        "long_factor",
     ),
     "yarn": (
         "factor",
@@ -62,20 +74,28 @@ _ROPE_KEYS = {
 
 
 def read_rope(
-    config: Mapping[str, Any], max_positions: int, head_dim: int
+    config: Mapping[str, Any],
+    max_positions: int,
+    head_dim: int,
+    default_theta: float = 10000.0,
+    partial: bool = False,
 ) -> tuple[float, RopeScaling]:
-    """`rope_theta` and scaling, from `rope_parameters` (transformers 5) or `rope_scaling` (4)."""
+    """`rope_theta` and scaling, from `rope_parameters` (transformers 5) or `rope_scaling` (4).
+
+    `head_dim` counts the elements that are rotated. Unless `partial`, they must be all of a head.
+    """
     key, values = _rope_dict(config)
     get = Reader(values, f"{key}.")
     inner, outer = values.get("rope_theta"), config.get("rope_theta")
     if inner is not None and outer is not None and inner != outer:
         raise ConfigError(f"rope_theta: {outer!r}, but {key}.rope_theta is {inner!r}; drop one")
-    theta = (get if inner is not None else Reader(config)).number("rope_theta", 10000.0)
+    theta = (get if inner is not None else Reader(config)).number("rope_theta", default_theta)
     if theta <= 1:
         raise ConfigError(f"rope_theta: expected a number above 1, got {theta!r}")
 
     name = values.get("rope_type")
     name = values.get("type", "default") if name is None else name
+    name = _ALIASES.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in _ROPE_KEYS:
         raise ConfigError(
             f"{key}.rope_type: {name!r} is not supported; supported are {', '.join(_ROPE_KEYS)}"
@@ -92,11 +112,16 @@ def read_rope(
             raise ConfigError(
                 f"{key}.{name_in_dict}: unknown for rope type {name!r}, which takes: {allowed}"
             )
-    if values.get("partial_rotary_factor") not in (None, 1, 1.0):
+    if not partial and values.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise get.fail("partial_rotary_factor", "1.0, which is all we support")
     if name == "dynamic" and head_dim <= 2:
         raise ConfigError(f"head_dim: dynamic rope needs more than 2, got {head_dim}")
-    return theta, _read_scaling(name, get, config, max_positions)
+    scaling = _read_scaling(name, get, config, max_positions)
+    if name == "longrope":
+        for key in ("short_factor", "long_factor"):
+            if len(getattr(scaling, key)) != head_dim // 2:
+                raise get.fail(key, f"{head_dim // 2} numbers, one for each rotated pair")
+    return theta, scaling
 
 
 def _rope_dict(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -137,6 +162,15 @@ def _read_scaling(
                 f"{get.prefix}high_freq_factor: {high} must be above low_freq_factor {low}"
             )
         return RopeScaling(name, get.number("factor"), low, high, original)
+    if name == "longrope":
+        return RopeScaling(
+            type=name,
+            factor=get.number("factor", max_positions / original),
+            original_max_position_embeddings=original,
+            attention_factor=get.maybe_number("attention_factor"),
+            short_factor=get.numbers("short_factor"),
+            long_factor=get.numbers("long_factor"),
+        )
     return RopeScaling(
         type=name,
         # DeepSeek leaves the factor out; transformers then takes the ratio of the lengths.
@@ -156,12 +190,14 @@ def inv_freq(
 ) -> tuple[npt.NDArray[np.float32], float, tuple[float, int] | None]:
     """Rotary frequencies as transformers' `modeling_rope_utils` computes them, in float32.
 
-    Returns `(frequencies [head_dim / 2] in radians per position, scale, ntk)`. Cosine and sine are
-    multiplied by `scale`. `ntk` is None but for type `dynamic`, where it is `(factor, length)`, the
-    frequencies are the unscaled ones, and a sequence of `n > length` tokens uses the base
-    `rope_theta * (factor * n / length - (factor - 1)) ** (head_dim / (head_dim - 2))`.
+    Returns `(frequencies [rotary_dim / 2] in radians per position, scale, ntk)`. Cosine and sine
+    are multiplied by `scale`. `ntk` is None but for two types. For `dynamic` it is
+    `(factor, length)`, the frequencies are the unscaled ones, and a sequence of `n > length` tokens
+    uses the base `rope_theta * (factor * n / length - (factor - 1)) ** (dim / (dim - 2))`. For
+    `longrope` it is `(1, length)`, and the frequencies are two rows: of sequences up to `length`
+    tokens, and of longer ones.
     """
-    rope, dim = config.rope_scaling, config.head_dim
+    rope, dim = config.rope_scaling, config.rotary_dim
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     wavelength = np.float32(config.rope_theta) ** exponent
     base = np.float32(1) / wavelength
@@ -171,6 +207,8 @@ def inv_freq(
         return base, 1.0, (rope.factor, config.max_position_embeddings)
     if rope.type == "llama3":
         return _llama3(base, rope), 1.0, None
+    if rope.type == "longrope":
+        return _longrope(wavelength, rope)
     if rope.type == "yarn":
         return _yarn(wavelength, rope, config.rope_theta), _yarn_scale(rope), None
     return base, 1.0, None
@@ -190,6 +228,23 @@ def _llama3(base: npt.NDArray[np.float32], rope: RopeScaling) -> npt.NDArray[np.
     medium = ~(wavelength < length / high) & ~long_waves
     result: npt.NDArray[np.float32] = np.where(medium, blended, scaled).astype(np.float32)
     return result
+
+
+def _longrope(
+    wavelength: npt.NDArray[np.float32], rope: RopeScaling
+) -> tuple[npt.NDArray[np.float32], float, tuple[float, int]]:
+    """A factor for each frequency, one list for short and one for long sequences.
+
+    Source: arXiv:2402.13753; the temperature is that of Phi-3, section 2 of arXiv:2404.14219.
+    """
+    length = rope.original_max_position_embeddings
+    assert length
+    factors = np.asarray([rope.short_factor, rope.long_factor], np.float32)
+    scale = rope.attention_factor
+    if scale is None:
+        stretched = rope.factor > 1
+        scale = math.sqrt(1 + math.log(rope.factor) / math.log(length)) if stretched else 1.0
+    return np.float32(1) / (factors * wavelength), scale, (1.0, length)
 
 
 def _yarn(

@@ -170,9 +170,22 @@ def test_rotary_table_of_inactive_tokens_is_finite():
     assert np.isfinite(table).all()
 
 
+def test_rotary_table_with_other_frequencies_for_long_sequences():
+    positions = np.array([0, 7, 8, 500], "int32")
+    lengths = np.array([1, 8, 9, 501], "int32")
+    inv_freq = np.stack([0.5 ** np.arange(4), 0.25 ** np.arange(4)]).astype("float32")
+    table = np.zeros((4, 2, 4), "float32")
+    func = rotary.rotary_table(tokens=None, half=4, scale=1.5, longer=8, target="cpu")
+    build(func)(positions, lengths, inv_freq, table)
+    angle = positions[:, None] * inv_freq[[0, 0, 1, 1]].astype("float64")
+    np.testing.assert_allclose(table[:, 0], 1.5 * np.cos(angle), atol=1e-4)
+    np.testing.assert_allclose(table[:, 1], 1.5 * np.sin(angle), atol=1e-4)
+
+
 @pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("turning", [4, 3, 1])
 @pytest.mark.parametrize(("dtype", "tokens"), [("float32", None), ("float16", 5)])
-def test_rotary_append(dtype, tokens, joined):
+def test_rotary_append(dtype, tokens, turning, joined):
     rng = np.random.default_rng(0)
     heads, kv_heads, head_dim = 6, 2, 8
     paged = Paged([9, 6], kv_heads=kv_heads, head_dim=head_dim, page_size=4, dtype=dtype)
@@ -181,19 +194,20 @@ def test_rotary_append(dtype, tokens, joined):
     q = rng.standard_normal((5, heads, head_dim)).astype(dtype)
     k = rng.standard_normal((5, kv_heads, head_dim)).astype(dtype)
     v = rng.standard_normal((5, kv_heads, head_dim)).astype(dtype)
-    angle = rng.standard_normal((5, 4)) * 3
+    angle = rng.standard_normal((5, turning)) * 3
     table = np.stack([np.cos(angle), np.sin(angle)], 1).astype("float32")
     q_rot = np.zeros_like(q)
     before_k, before_v = paged.k.copy(), paged.v.copy()
     sizes = dict(tokens=tokens, heads=heads, target="cpu", joined=joined, **paged.sizes)
+    sizes["rotary"] = 2 * turning
     read = [np.concatenate([x.reshape(5, -1) for x in (q, k, v)], 1)] if joined else [q, k, v]
     kernel = build(rotary.rotary_append(**sizes))
     kernel(*read, table, paged.k, paged.v, paged.table, rows, positions, 1, q_rot)
 
     def rotate(x):
         cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-        a, b = x[..., :4].astype("float64"), x[..., 4:].astype("float64")
-        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+        a, b, rest = np.split(x.astype("float64"), [turning, 2 * turning], axis=-1)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
     tolerance = 1e-5 if dtype == "float32" else 2e-3
     np.testing.assert_allclose(q_rot, rotate(q), atol=tolerance, rtol=tolerance)

@@ -302,3 +302,38 @@ def test_writer_checks_its_caller(tmp_path):
     np.testing.assert_array_equal(loaded["a"], [[0, 1], [2, 3]])
     np.testing.assert_array_equal(loaded["b"], np.array([7, 8, 9], np.uint32))
     assert loaded["empty"].shape == (0, 3)
+
+
+def test_parts_of_a_joined_tensor_are_cut_apart(tmp_path):
+    """As Phi-3 stores q, k and v: each part is cut by its own placement."""
+    world = 3
+    p = placements(world)
+    joined = np.concatenate([TENSORS["q"], TENSORS["k"]])
+    first = HEADS * HEAD_DIM
+    parts = (
+        Source("q", TENSORS["q"].shape, p["q"], joined="qk"),
+        Source("k", TENSORS["k"].shape, p["k"], joined="qk", first=first),
+    )
+    stored = checkpoint(tmp_path / "joined", {"qk": joined})
+    write_shards(stored, [Weight("w", parts, "float32")], world, tmp_path)
+    for rank in range(world):
+        got = load_file(tmp_path / shard_name(rank, world))["w"]
+        want = np.concatenate([expected(part, rank) for part in parts])
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_joined_tensor_of_another_length_is_named(tmp_path):
+    short = Source("q", (8, HIDDEN), Replicate(), joined="qk")
+    with (
+        checkpoint(tmp_path, {"qk": TENSORS["q"]}) as stored,
+        pytest.raises(CheckpointError, match=r"qk is \(96, 96\), config.json says \(8, 96\)"),
+    ):
+        write_shards(stored, [Weight("w", (short,), "float32")], 1, tmp_path)
+
+
+def test_a_constant_added_to_what_is_stored(tmp_path):
+    norm = Source("norm", (HIDDEN,), Replicate(), plus=1.0)
+    stored = checkpoint(tmp_path, {"norm": TENSORS["norm"]})
+    write_shards(stored, [Weight("norm.weight", (norm,), "float32")], 1, tmp_path)
+    got = load_file(tmp_path / shard_name(0, 1))["norm.weight"]
+    np.testing.assert_array_equal(got, TENSORS["norm"] + np.float32(1))

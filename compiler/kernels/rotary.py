@@ -64,6 +64,7 @@ def rotary_table(
     half: int,
     scale: float,
     ntk: tuple[float, int] | None = None,
+    longer: int = 0,
     target: Any,
 ) -> tirx.PrimFunc:
     """Cosines and sines of each token's angles.
@@ -72,7 +73,8 @@ def rotary_table(
 
     `table[t, 0]` is `cos(position * inv_freq) * scale`, `table[t, 1]` the sine. With
     `ntk = (factor, max_position)` the frequencies follow Hugging Face's "dynamic" rope scaling by
-    `lengths[t]`, the length in tokens of the token's prompt. Rows of inactive tokens
+    `lengths[t]`, the length in tokens of the token's prompt. With `longer`, `inv_freq` is
+    [2, half], and the second row is for tokens whose length is above it. Rows of inactive tokens
     (position -1) hold finite numbers without meaning.
     """
     n = extent(tokens)
@@ -80,6 +82,10 @@ def rotary_table(
     # inv_freq_j = base ** (-2j / D); dynamic NTK scales base by ratio ** (D / (D - 2)).
     step = -2.0 / max(2 * half - 2, 1)
     dynamic = ntk is not None
+    shape = (2, half) if longer else (half,)
+
+    def frequency(inv_freq: Any, length: Any, j: Any) -> Any:
+        return inv_freq[T.if_then_else(length > longer, 1, 0), j] if longer else inv_freq[j]
 
     if is_gpu(target):
 
@@ -90,7 +96,7 @@ def rotary_table(
             T.func_attr(SCHEDULED)
             positions = T.match_buffer(positions_h, (n,), "int32")
             lengths = T.match_buffer(lengths_h, (n,), "int32")
-            inv_freq = T.match_buffer(inv_freq_h, (half,), "float32")
+            inv_freq = T.match_buffer(inv_freq_h, shape, "float32")
             table = T.match_buffer(table_h, (n, 2, half), "float32")
             with T.sblock("root"):
                 T.reads()
@@ -98,7 +104,7 @@ def rotary_table(
                 for t in T.thread_binding(n, thread="blockIdx.x"):
                     for j in T.thread_binding(half, thread="threadIdx.x"):
                         launch_dependents(target)
-                        freq: T.float32 = inv_freq[j]
+                        freq: T.float32 = frequency(inv_freq, lengths[t], j)
                         wait_for_inputs(target)
                         if dynamic:
                             if lengths[t] > limit:
@@ -121,14 +127,14 @@ def rotary_table(
         T.func_attr(SCHEDULED)
         positions = T.match_buffer(positions_h, (n,), "int32")
         lengths = T.match_buffer(lengths_h, (n,), "int32")
-        inv_freq = T.match_buffer(inv_freq_h, (half,), "float32")
+        inv_freq = T.match_buffer(inv_freq_h, shape, "float32")
         table = T.match_buffer(table_h, (n, 2, half), "float32")
         with T.sblock("root"):
             T.reads()
             T.writes()
             for t in T.parallel(n):
                 for j in T.serial(half):
-                    freq: T.float32 = inv_freq[j]
+                    freq: T.float32 = frequency(inv_freq, lengths[t], j)
                     if dynamic:
                         if lengths[t] > limit:
                             ratio: T.let[T.float32] = T.cast(lengths[t], "float32") * T.float32(
@@ -156,6 +162,7 @@ def rotary_append(
     dtype: str,
     target: Any,
     joined: bool = False,
+    rotary: int | None = None,
 ) -> tirx.PrimFunc:
     """Rotate queries and keys, and append keys and values to the cache.
 
@@ -163,10 +170,12 @@ def rotary_append(
     rows [n] i32, positions [n] i32, layer i64) -> q_rot [n,H,D]`, with `k_pages` and `v_pages`
     `[layers, pages, K, page_size, D]` written in place. Pairs are (j, j + D/2), as in the
     `rotate_half` of Hugging Face; the arithmetic is float32. Tokens of position -1 append nothing.
-    With `joined`, one `qkv [n,(H+2K)*D]` stands for q, k and v.
+    With `joined`, one `qkv [n,(H+2K)*D]` stands for q, k and v. Of a head, only the first `rotary`
+    elements are turned (R in place of D in the table and the pairs), all if None.
     """
     n = extent(tokens)
     half = head_dim // 2
+    turning = (rotary or head_dim) // 2
     cache = (layers, pages, kv_heads, page_size, head_dim)
     parts = heads + 2 * kv_heads
     gpu = is_gpu(target)
@@ -177,10 +186,21 @@ def rotary_append(
 
     def turned(source: Any, t: Any, part: Any, first: int, table: Any, j: Any) -> tuple[Any, Any]:
         """The two elements of pair j, turned by the token's angle."""
-        a = T.cast(read(source, t, part, first, j), "float32")
-        b = T.cast(read(source, t, part, first, j + half), "float32")
-        c, s = table[t, 0, j], table[t, 1, j]
+        a = T.cast(read(source, t, part, first, low(j)), "float32")
+        b = T.cast(read(source, t, part, first, high(j)), "float32")
+        if turning == half:
+            c, s = table[t, 0, j], table[t, 1, j]
+        else:
+            c = T.if_then_else(j < turning, table[t, 0, T.min(j, turning - 1)], T.float32(1))
+            s = T.if_then_else(j < turning, table[t, 1, T.min(j, turning - 1)], T.float32(0))
         return T.cast(a * c - b * s, dtype), T.cast(b * c + a * s, dtype)
+
+    def low(j: Any) -> Any:
+        """The first element of pair j; pairs that are not turned follow those that are."""
+        return j if turning == half else T.if_then_else(j < turning, j, j + turning)
+
+    def high(j: Any) -> Any:
+        return j + half if turning == half else j + T.if_then_else(j < turning, turning, half)
 
     def each_head() -> Any:
         return T.thread_binding(parts, thread="blockIdx.y") if gpu else T.serial(parts)
@@ -200,8 +220,8 @@ def rotary_append(
                     if part < heads:
                         q0: T.let = turned(q, t, part, 0, table, j)[0]
                         q1: T.let = turned(q, t, part, 0, table, j)[1]
-                        q_rot[t, part, j] = q0
-                        q_rot[t, part, j + half] = q1
+                        q_rot[t, part, low(j)] = q0
+                        q_rot[t, part, high(j)] = q1
                     else:
                         position: T.let[T.int32] = positions[t]
                         if position >= 0:
@@ -211,8 +231,8 @@ def rotary_append(
                                 h: T.let[T.int32] = part - heads
                                 k0: T.let = turned(k, t, part, heads, table, j)[0]
                                 k1: T.let = turned(k, t, part, heads, table, j)[1]
-                                k_pages[layer, page, h, slot, j] = k0
-                                k_pages[layer, page, h, slot, j + half] = k1
+                                k_pages[layer, page, h, slot, low(j)] = k0
+                                k_pages[layer, page, h, slot, high(j)] = k1
                             else:
                                 g: T.let[T.int32] = part - heads - kv_heads
                                 v0: T.let = read(v, t, part, heads + kv_heads, j)
@@ -236,7 +256,7 @@ def rotary_append(
         ):
             T.func_attr(SCHEDULED)
             qkv = T.match_buffer(qkv_h, (n, parts * head_dim), dtype)
-            table = T.match_buffer(table_h, (n, 2, half), "float32")
+            table = T.match_buffer(table_h, (n, 2, turning), "float32")
             k_pages = T.match_buffer(k_pages_h, cache, dtype)
             v_pages = T.match_buffer(v_pages_h, cache, dtype)
             page_table = T.match_buffer(page_table_h, (extent(batch, "b"), max_pages), "int32")
@@ -280,7 +300,7 @@ def rotary_append(
         q = T.match_buffer(q_h, (n, heads, head_dim), dtype)
         k = T.match_buffer(k_h, (n, kv_heads, head_dim), dtype)
         v = T.match_buffer(v_h, (n, kv_heads, head_dim), dtype)
-        table = T.match_buffer(table_h, (n, 2, half), "float32")
+        table = T.match_buffer(table_h, (n, 2, turning), "float32")
         k_pages = T.match_buffer(k_pages_h, cache, dtype)
         v_pages = T.match_buffer(v_pages_h, cache, dtype)
         page_table = T.match_buffer(page_table_h, (extent(batch, "b"), max_pages), "int32")

@@ -1,0 +1,64 @@
+"""Published configurations, full size, partitioned and lowered for CUDA without weights.
+
+Layers that repeat add nothing but time, so of each model as many are kept as differ.
+"""
+
+import pytest
+from reference.published import PUBLISHED
+
+from shardwright.compiler.build import BuildOptions, compile_program, limits_of, partition_program
+from shardwright.compiler.cuda import cuda_target
+from shardwright.compiler.lower import lower_abstract
+from shardwright.compiler.quantization import quantization
+from shardwright.compiler.script_speed import without_source_context
+from shardwright.model_defs import family_of
+
+RANKS = (2, 4, 8)
+NAMES = list(PUBLISHED)
+TARGET = cuda_target(("sm_90a",))
+# One of each kind goes all the way to CUDA source in `make test`.
+TO_SOURCE = {("Gemma-3-27b", 8), ("Phi-4-mini", 4)}
+
+
+def shortened(config):
+    _, family = family_of(config)
+    whole = family.config.from_hf(config)
+    kinds = list(whole.layer_types)
+    layers = 1 if len(set(kinds)) < 2 else kinds.index("full_attention") + 1
+    return family, family.config.from_hf({**config, "num_hidden_layers": layers})
+
+
+def partitioned(name, ranks, tmp_path):
+    family, config = shortened(PUBLISHED[name])
+    options = BuildOptions("", tmp_path, num_shards=ranks, target="cuda", max_batch_size=1)
+    scheme = quantization("q4f16_1")
+    limits = limits_of(options, config)
+    return partition_program(family.model(config, scheme.dtype), scheme, limits, ranks), limits
+
+
+def grid(quick):
+    """Every model at every number of ranks; those that are not `quick` are marked `matrix`."""
+    for name in NAMES:
+        for ranks in RANKS:
+            marks = () if quick(name, ranks) else pytest.mark.matrix
+            yield pytest.param(name, ranks, marks=marks)
+
+
+def one_each(name, ranks):
+    return ranks == RANKS[NAMES.index(name) % len(RANKS)]
+
+
+@pytest.mark.parametrize(("name", "ranks"), [*grid(one_each)])
+def test_every_operation_has_kernels(name, ranks, tmp_path):
+    program, _ = partitioned(name, ranks, tmp_path)
+    with TARGET, without_source_context():
+        mod = lower_abstract(program.mod, TARGET)
+    calls = {str(call) for call in mod["decode_1"].script().split() if "shardwright." in call}
+    assert all("shardwright.all_" in call for call in calls), calls
+
+
+@pytest.mark.parametrize(("name", "ranks"), [*grid(lambda *case: case in TO_SOURCE)])
+def test_compiles_to_cuda_source(name, ranks, tmp_path):
+    program, limits = partitioned(name, ranks, tmp_path)
+    _, functions = compile_program(program, TARGET, limits, tmp_path / "model.so")
+    assert {"prefill", "decode_1", "sample", "workspace"} <= functions.keys()
