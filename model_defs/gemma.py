@@ -104,7 +104,7 @@ class Gemma3Config(Gemma2Config):
     @classmethod
     def values(cls, get: Reader) -> dict[str, Any]:
         """See `LlamaConfig.values`. transformers 5 has a set of rope parameters by layer type."""
-        local = {"rope_theta": get.number("rope_local_base_freq", 10000.0)}
+        local: dict[str, Any] = {"rope_theta": get.number("rope_local_base_freq", 10000.0)}
         outer = dict(get.values)
         nested = outer.get("rope_parameters")
         if isinstance(nested, dict) and "full_attention" in nested:

@@ -9,6 +9,9 @@ import pytest
 
 from shardwright.errors import ConfigError
 from shardwright.model_defs.config import LlamaConfig, RopeScaling, inv_freq
+from shardwright.model_defs.gemma import Gemma3Config
+from shardwright.model_defs.phi3 import Phi3Config
+from shardwright.model_defs.qwen import Qwen2Config
 
 # Values of transformers; UPDATE_GOLDEN=1 with the reference test below writes them anew.
 GOLDEN = Path(__file__).parent / "golden" / "rope.json"
@@ -167,7 +170,7 @@ def test_keys_without_effect_are_ignored():
         ({"rope_theta": 0}, "rope_theta"),
         ({"rope_theta": 1.0}, "rope_theta"),
         ({"rope_scaling": "linear"}, "rope_scaling: expected an object"),
-        ({"rope_scaling": {"type": "longrope"}}, "rope_type: 'longrope'.*yarn"),
+        ({"rope_scaling": {"type": "fancy"}}, "rope_type: 'fancy'.*yarn"),
         ({"rope_scaling": {"type": ["yarn"]}}, "rope_type"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: missing"),
         ({"rope_scaling": {"type": "linear", "factor": -2}}, "rope_scaling.factor"),
@@ -189,6 +192,64 @@ def test_keys_without_effect_are_ignored():
 def test_refusals_name_the_field(changes, field):
     with pytest.raises(ConfigError, match=field):
         config(**changes)
+
+
+def test_each_family_refuses_what_only_another_reads():
+    with pytest.raises(ConfigError, match="model_type: expected 'qwen2', got 'llama'"):
+        Qwen2Config.from_hf(BASE)
+    with pytest.raises(ConfigError, match="query_pre_attn_scalar: unknown field"):
+        config(query_pre_attn_scalar=20)
+    with pytest.raises(ConfigError, match="sliding_window: 4096 is not supported"):
+        config(sliding_window=4096)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["full_attention"]}, "layer_types: expected 2 entries"),
+        ({"layer_types": ["full_attention", "other"]}, "layer_types: expected 2 entries"),
+        ({"sliding_window": -1}, "sliding_window: expected a positive integer"),
+        ({"max_window_layers": -1}, "max_window_layers: expected a positive integer"),
+    ],
+)
+def test_refusals_of_windows(changes, message):
+    hf = {**BASE, "model_type": "qwen2", "use_sliding_window": True, **changes}
+    with pytest.raises(ConfigError, match=message):
+        Qwen2Config.from_hf(hf)
+
+
+def test_windows_of_some_layers():
+    hf = {**BASE, "model_type": "qwen2", "sliding_window": 5, "max_window_layers": 1}
+    assert Qwen2Config.from_hf(hf).window(1) is None  # use_sliding_window is not set
+    c = Qwen2Config.from_hf(hf | {"use_sliding_window": True})
+    assert [c.window(i) for i in range(2)] == [None, 5]
+
+
+def test_longrope_needs_a_factor_for_each_rotated_pair():
+    scaling = {"type": "su", "short_factor": [1.0] * 7, "long_factor": [2.0] * 8}
+    hf = {**BASE, "model_type": "phi3", "rope_scaling": scaling}
+    with pytest.raises(ConfigError, match="short_factor: expected 8 numbers"):
+        Phi3Config.from_hf(hf)
+    with pytest.raises(ConfigError, match="short_factor: expected 6 numbers"):
+        Phi3Config.from_hf(hf | {"partial_rotary_factor": 0.75})
+    scaling["short_factor"] = [1.0] * 8
+    frequencies, scale, ntk = inv_freq(Phi3Config.from_hf(hf | {"max_position_embeddings": 8192}))
+    assert frequencies.shape == (2, 8) and ntk == (1.0, 4096)
+    np.testing.assert_array_equal(frequencies[1] * 2, frequencies[0])
+    assert scale == pytest.approx((1 + np.log(2) / np.log(4096)) ** 0.5)
+
+
+def test_gemma_3_has_two_kinds_of_rope_in_either_style():
+    hf = {**BASE, "model_type": "gemma3_text", "hidden_act": "gelu_pytorch_tanh", "head_dim": 16}
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    old = hf | {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": scaling}
+    nested = {
+        "full_attention": {"rope_theta": 5e5, **scaling},
+        "sliding_attention": {"rope_theta": 2e4, "rope_type": "default"},
+    }
+    a, b = Gemma3Config.from_hf(old), Gemma3Config.from_hf(hf | {"rope_parameters": nested})
+    assert a == b and a.rope_theta == 5e5 and a.local_rope_theta == 2e4
+    assert Gemma3Config.from_hf(hf).rope_theta == 1e6
 
 
 def test_frequencies_equal_the_golden_values():
