@@ -17,6 +17,7 @@ from shardwright.errors import InputError, UsageError
 from shardwright.runtime.artifact import Manifest, load_manifest, verify_file
 from shardwright.runtime.callback import ProgressCallback
 from shardwright.runtime.chat_template import Message, check_messages
+from shardwright.runtime.memory import gib
 from shardwright.runtime.sampling import SamplingParams
 from shardwright.runtime.session import Session
 from shardwright.runtime.text_stream import TextStream
@@ -207,6 +208,12 @@ class ChatModule:
         for rank, memory in enumerate(figures["ranks"]):
             uses = ", ".join(f"{use} {count / 2**20:.1f} MiB" for use, count in memory.items())
             lines.append(f"rank {rank}: {uses}")
+        for rank, (predicted, measured) in enumerate(figures["taken"] if verbose else ()):
+            if measured is not None:
+                share = f"({measured / predicted - 1:+.1%})"
+                lines.append(
+                    f"rank {rank}: {gib(measured)} taken, {gib(predicted)} predicted {share}"
+                )
         return "\n".join(lines)
 
     def _turn(

@@ -82,6 +82,7 @@ class Controller:
             ]
             self.memory = [report["memory"] for report in reports]
             self.load_seconds = [report["seconds"] for report in reports]
+            self.taken = [(report["predicted"], report["measured"]) for report in reports]
         except BaseException:
             self.close()
             raise

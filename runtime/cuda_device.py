@@ -19,7 +19,7 @@ class CudaDevice:
 
     arch = ""
 
-    _SLOTS = 64  # more reads than the session ever keeps in flight
+    _SLOTS = 256  # more reads than the session ever keeps in flight
     _SLOT_BYTES = 4096
 
     def __init__(self, index: int, use_graph: bool) -> None:
@@ -91,6 +91,12 @@ class CudaDevice:
         )
         call(self._cuda, "cudaEventRecord", self._events[slot], self._stream)
         return _CudaRead(self._cuda, self._events[slot], address, count)
+
+    def free_memory(self) -> int | None:
+        """See `Device`."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        call(self._cuda, "cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+        return free.value
 
     @contextlib.contextmanager
     def uploader(self, nbytes: int) -> Iterator[Uploader]:

@@ -61,6 +61,9 @@ class Device(Protocol):
     def fetch(self, tensor: Any) -> Pending:
         """Start to copy an int32 tensor to the host, after the work enqueued so far."""
 
+    def free_memory(self) -> int | None:
+        """Bytes that are free on the device, None if it has no memory of its own."""
+
     def uploader(self, nbytes: int) -> contextlib.AbstractContextManager[Uploader]:
         """Copies to new memory from buffers of `nbytes`, for one thread; its end waits for all."""
 
@@ -116,6 +119,10 @@ class CpuDevice:
     def fetch(self, tensor: Any) -> Pending:
         """See `Device`."""
         return _Arrived(tensor.numpy())
+
+    def free_memory(self) -> int | None:
+        """See `Device`."""
+        return None
 
     def uploader(self, nbytes: int) -> contextlib.AbstractContextManager[Uploader]:
         """See `Device`."""

@@ -29,6 +29,11 @@ class Row:
     new: list[int] = field(default_factory=list)
 
     @property
+    def fed(self) -> list[int]:
+        """The tokens in the cache: the last new one has not been fed."""
+        return self.prompt + self.new[:-1]
+
+    @property
     def done(self) -> bool:
         """Whether the row has ended."""
         return len(self.new) >= self.limit or bool(self.new and self.new[-1] in self.eos)

@@ -27,6 +27,23 @@ from shardwright.runtime.rows import (
 )
 from shardwright.runtime.sampling import SamplingParams
 
+MIN_AHEAD, MAX_AHEAD = 16, 160
+"""Fewest and most decode steps that a GPU has waiting."""
+
+SECONDS_AHEAD = 0.15
+"""For so long the host may be kept from running: by other programs, or by a limit on its cores."""
+
+
+def steps_ahead(received: int, seconds: float) -> int:
+    """Decode steps that a GPU should have waiting, after `received` took `seconds`.
+
+    On a machine whose cores are all busy the host may not run for tens of milliseconds. But a row
+    may end at any step, and what was sent beyond it delays the next call: so no more than half of
+    what it has taken so far.
+    """
+    most = SECONDS_AHEAD * received / seconds if seconds > 0 else 0
+    return int(max(MIN_AHEAD, min(MAX_AHEAD, received / 2, most)))
+
 
 class Session:
     """N workers with a built model, and a cache of `max_batch_size` rows.
@@ -71,7 +88,7 @@ class Session:
         check_devices(self.manifest)
         self._controller = Controller(directory, self.manifest, timeout, progress, collectives)
         self._finalizer = weakref.finalize(self, self._controller.close)
-        self._rows: list[list[int]] = []
+        self._rows: list[Row] = []
         self._call = 0
         self._load_seconds = time.monotonic() - began
         self._counts = {"prefill": (0, 0.0), "decode": (0, 0.0)}
@@ -113,7 +130,7 @@ class Session:
         rows = check_prompts(self.manifest, prompts)
         if extend and len(rows) != len(self._rows):
             raise InputError(f"{len(rows)} rows to extend, the session has {len(self._rows)}")
-        before = self._rows if extend else [[] for _ in rows]
+        before = [row.fed for row in self._rows] if extend else [[] for _ in rows]
         after = [old + new for old, new in zip(before, rows, strict=True)]
         for index, row in enumerate(after):
             check_length(self.manifest, index, len(row))
@@ -122,10 +139,11 @@ class Session:
         began = time.monotonic()
         self._feed(after, [len(row) for row in before])
         # Plain sampling, so that `decode` spends no time on penalties.
-        self._write_sampling([Row(row) for row in after])
+        found = [Row(row) for row in after]
+        self._write_sampling(found)
         logits = self._logits(len(rows))
         self._count("prefill", sum(map(len, rows)), began)
-        self._rows = after
+        self._rows = found
         return logits
 
     def decode(self, tokens: Tokens) -> npt.NDArray[np.float32]:
@@ -145,20 +163,21 @@ class Session:
                 f"{len(tokens)} tokens for {len(self._rows)} rows; give one per row, after prefill"
             )
         new = check_prompts(self.manifest, [[token] for token in tokens])
-        for index, row in enumerate(self._rows):
+        fed = [row.fed for row in self._rows]
+        for index, row in enumerate(fed):
             check_length(self.manifest, index, len(row) + 1)
         self._begin()
         began = time.monotonic()
         count = len(new)
         state = {
             "tokens": self._pad([row[0] for row in new], 0),
-            "positions": self._pad([len(row) for row in self._rows], -1),
+            "positions": self._pad([len(row) for row in fed], -1),
         }
         self._controller.send("write", state=state)
         self._controller.send("decode", bucket=self._bucket(count), rows=0, steps=1)
         logits = self._logits(count)
         self._count("decode", count, began)
-        self._rows = [old + one for old, one in zip(self._rows, new, strict=True)]
+        self._rows = [Row(old + one) for old, one in zip(fed, new, strict=True)]
         return logits
 
     def generate(
@@ -206,8 +225,9 @@ class Session:
         Returns:
             load_seconds, and `load_phases`, for each phase the seconds of the slowest rank;
             prefill_tokens, prefill_seconds, prefill_tokens_per_second, and the same
-            for decode; and `ranks`, for each rank the bytes of device memory in weights, cache,
-            workspace and other.
+            for decode; `ranks`, for each rank the bytes of device memory in weights, cache,
+            workspace and other; and `taken`, for each rank the bytes that the memory plan predicts
+            and those that were seen to go while it loaded, None on a CPU.
         """
         phases = self._controller.load_seconds
         figures: dict[str, Any] = {
@@ -218,11 +238,11 @@ class Session:
             figures[f"{name}_tokens"] = tokens
             figures[f"{name}_seconds"] = seconds
             figures[f"{name}_tokens_per_second"] = tokens / seconds if seconds else 0.0
-        return figures | {"ranks": self._controller.memory}
+        return figures | {"ranks": self._controller.memory, "taken": self._controller.taken}
 
     def _generate(self, rows: list[Row], call: int) -> Iterator[list[int | None]]:
         self._check_call(call)
-        before = self._rows + [[]] * len(rows)
+        before = [row.fed for row in self._rows] + [[]] * len(rows)
         cached = [common_prefix(old, row.prompt) for old, row in zip(before, rows, strict=False)]
         self._rows = []
         began = time.monotonic()
@@ -240,25 +260,23 @@ class Session:
                 out.append(None if row.done else token)
                 if not row.done:
                     row.new.append(token)
-            # The last token has not been fed, so it is not in the cache.
-            self._rows = [row.prompt + row.new[:-1] for row in rows]
+            self._rows = rows
             yield out
             self._check_call(call)
             began, phase, fed = time.monotonic(), "decode", sum(not row.done for row in rows)
         if not self._rows:  # no row had room for a token
-            self._rows = [row.prompt for row in rows]
+            self._rows = rows
 
     def _steps(self, count: int, total: int) -> Iterator[None]:
-        """Before each received step, send enough decode steps to keep the device busy.
-
-        A GPU takes several ahead, because the host follows a step behind or more. On CPUs one,
-        because a step too many delays the next call.
-        """
-        block, ahead = (8, 16) if self.manifest.target.kind != "cpu" else (1, 1)
+        """Before each received step, send enough decode steps to keep the device busy."""
         bucket, sent, received = self._bucket(count), 0, 0
+        began = time.monotonic()
         while True:
+            ahead = 1
+            if self.manifest.target.kind != "cpu":
+                ahead = steps_ahead(received, time.monotonic() - began)
             while sent < total and sent - received < ahead:
-                steps = min(block, total - sent)
+                steps = min((ahead + 1) // 2, total - sent)
                 self._controller.send("decode", bucket=bucket, rows=count, steps=steps)
                 sent += steps
             yield

@@ -26,8 +26,7 @@ def load(kind: str = "cpu") -> None:
     Raises DeviceError if a CUDA or ROCm library or the driver is missing.
     """
     if "tvm" not in sys.modules:
-        import tvm_ffi  # noqa: F401  (its library must come before TVM's)
-
+        _import_ffi()  # its library must come before TVM's
         lib = _tvm_lib()
         for name in ("libtvm_runtime.so", "libtvm_runtime_extra.so"):
             ctypes.CDLL(str(lib / name), mode=ctypes.RTLD_GLOBAL)
@@ -101,6 +100,18 @@ def _import_runtime_only() -> None:
             del os.environ[variable]
         else:
             os.environ[variable] = before
+
+
+def _import_ffi() -> None:
+    """Import tvm_ffi without torch, which it imports where it is installed: that takes seconds."""
+    absent = "torch" not in sys.modules
+    if absent:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        importlib.import_module("tvm_ffi")
+    finally:
+        if absent:
+            del sys.modules["torch"]
 
 
 def _repair_disco() -> None:

@@ -32,6 +32,7 @@ from shardwright.runtime.collectives import (
 )
 from shardwright.runtime.cuda_device import CudaDevice
 from shardwright.runtime.device import CpuDevice, Device
+from shardwright.runtime.memory import check_fits, of_manifest
 from shardwright.runtime.nccl import NcclCollectives
 from shardwright.runtime.peer import PeerMemory
 from shardwright.runtime.program import Clock, Program
@@ -120,6 +121,10 @@ class Worker:
             if cublas.LIBRARY in manifest.libraries:
                 with gpu.scope():
                     cublas.install(self.rank)
+        free = self._device.free_memory()
+        need = of_manifest(manifest)
+        if free is not None:
+            check_fits(manifest.name, self.rank, need, free)
         with self._device.scope():
             if segment is not None:
                 self._collectives = HostCollectives(Path(segment), self.rank, world)
@@ -146,7 +151,13 @@ class Worker:
                 elif self.rank == 0:
                     _log.warning("GPUs cannot map each other's memory: all-reduces use NCCL")
             clock.lap("peers")
-            report = {"memory": self._program.memory(), "seconds": clock.seconds}
+            left = self._device.free_memory()
+            report = {
+                "memory": self._program.memory(),
+                "seconds": clock.seconds,
+                "predicted": need.total,
+                "measured": None if free is None or left is None else free - left,
+            }
             (self._directory / f"rank-{self.rank}.loaded").write_text(json.dumps(report))
             if self._collectives is not None:
                 self._collectives.barrier()

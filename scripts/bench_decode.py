@@ -189,6 +189,7 @@ def measure(
         "load_to_first_token_s": first,
         "load_phases": stats["load_phases"],
         "memory": stats["ranks"][0],
+        "taken": stats["taken"],
     }
 
 

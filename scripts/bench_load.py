@@ -30,6 +30,7 @@ from shardwright.runtime.artifact import (
     shard_name,
     write_manifest,
 )
+from shardwright.runtime.memory import gib
 
 BLOCK = 1 << 22  # elements of random values, used again and again
 
@@ -80,7 +81,8 @@ def load(directory: str) -> None:
         first = time.perf_counter() - began
         stats = session.stats()
     figures = {"load_s": loaded, "first_token_s": first, "phases": stats["load_phases"]}
-    print(json.dumps(figures | {"weights": stats["ranks"][0]["weights"]}))
+    figures |= {"weights": stats["ranks"][0]["weights"], "taken": stats["taken"]}
+    print(json.dumps(figures))
 
 
 @click.command()
@@ -114,6 +116,9 @@ def main(artefact: Path, shards: Path | None, times: int) -> None:
             f"loaded {found['load_s']:.2f} s ({phases}); "
             f"{found['weights'] / 1e9:.1f} GB a rank at {rate:.1f} GB/s"
         )
+        for rank, (predicted, measured) in enumerate(found["taken"]):
+            if measured is not None:
+                print(f"rank {rank}: {gib(measured)} taken, {gib(predicted)} predicted")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,10 +20,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from shardwright.runtime.artifact import Manifest, TensorSpec, WeightSpec, verify_file
-
-_ITEM_BITS = {"bool": 8, "bfloat16": 16}
-_CACHE = ("k_pages", "v_pages", "page_table")
+from shardwright.runtime.artifact import Manifest, verify_file
+from shardwright.runtime.memory import CACHE, tensor_bytes
 
 
 class TerminalProgress:
@@ -90,16 +87,9 @@ def size(count: int) -> str:
     return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
-def tensor_bytes(tensor: TensorSpec | WeightSpec) -> int:
-    """Bytes of a tensor of known shape, local to one rank."""
-    digits = "".join(c for c in tensor.dtype if c.isdigit())
-    bits = _ITEM_BITS.get(tensor.dtype) or int(digits)
-    return math.prod(int(extent) for extent in tensor.shape) * bits // 8
-
-
 def rank_memory(manifest: Manifest) -> dict[str, int]:
-    """Bytes that each rank holds, by use: weights, cache, workspace, state."""
-    cache = sum(tensor_bytes(t) for t in manifest.state if t.name in _CACHE)
+    """Bytes that each rank's tensors hold, by use: weights, cache, workspace, state."""
+    cache = sum(tensor_bytes(t) for t in manifest.state if t.name in CACHE)
     return {
         "weights": sum(map(tensor_bytes, manifest.weights)),
         "cache": cache,

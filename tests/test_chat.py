@@ -55,6 +55,7 @@ class FakeSession:
     def stats(self) -> dict[str, Any]:
         memory = {"weights": 3 << 20, "cache": 1 << 20, "workspace": 1 << 19, "other": 0}
         figures: dict[str, Any] = {"load_seconds": 0.5, "ranks": [memory, memory]}
+        figures["taken"] = [(4 << 30, 5 << 30), (4 << 30, None)]
         for phase, tokens in (("prefill", 100), ("decode", 20)):
             figures[f"{phase}_tokens"] = tokens
             figures[f"{phase}_seconds"] = 2.0

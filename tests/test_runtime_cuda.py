@@ -30,6 +30,7 @@ int cudaSetDevice(int) { return 0; }
 int cudaStreamCreateWithFlags(void** s, unsigned flags) {
   *s = flags ? (void*)0x999999999 : (void*)0x123456789a; return 0; }
 int cudaEventCreateWithFlags(void** e, unsigned flags) { *e = malloc(1); return !(flags & 2); }
+int cudaMemGetInfo(size_t* f, size_t* t) { *f = 3; *t = 5; return 0; }
 int cudaEventSynchronize(void*) { ++waits; return 0; }
 int cudaStreamSynchronize(void* s) { return s != (void*)0x999999999; }
 int cudaEventDestroy(void*) { ++freed; return 0; }
@@ -215,6 +216,7 @@ def test_steps_sent_ahead(fake_model, count):
 
 def test_uploads_alternate_between_two_pinned_buffers(cuda):
     gpu = CudaDevice(0, use_graph=False)
+    assert gpu.free_memory() == 3
     target = np.zeros(10, np.uint8)
     with gpu.uploader(4) as uploader:
         for start in range(0, 10, 4):

@@ -10,6 +10,7 @@ import pytest
 from fake_artifact import BATCH, EOS, LENGTH, VOCAB, expected_logits, expected_tokens
 
 from shardwright.errors import InputError, UsageError, WorkerError
+from shardwright.runtime import session as session_module
 from shardwright.runtime.sampling import SamplingParams
 from shardwright.runtime.session import Session
 
@@ -160,6 +161,7 @@ def test_stats(sessions):
     assert set(stats["load_phases"]) == {"join", "library", "weights", "state", "peers"}
     assert 0 < sum(stats["load_phases"].values()) <= stats["load_seconds"]
     assert stats["prefill_tokens_per_second"] > 0
+    assert [measured for _, measured in stats["taken"]] == [None, None]
     assert [sorted(rank) for rank in stats["ranks"]] == [
         ["cache", "other", "weights", "workspace"]
     ] * 2
@@ -207,6 +209,7 @@ def test_runs_without_the_compiler(fake_model):
     """In a fresh process, which also ends without closing the session."""
     code = """
 import sys
+from shardwright.runtime import session as session_module
 from shardwright.runtime.session import Session
 session = Session(sys.argv[1])
 print(session.prefill([[1, 2, 3]]).argmax())
@@ -218,3 +221,21 @@ assert "compiler" not in open("/proc/self/maps").read()
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == str(expected_tokens([1, 2, 3], 1)[0])
+
+
+def test_how_many_steps_a_gpu_has_waiting():
+    ahead = session_module.steps_ahead
+    assert ahead(0, 0.0) == ahead(20, 0.04) == 16  # at first few, for short answers
+    assert ahead(100, 0.2) == 50  # half of what was received
+    assert ahead(1000, 2.0) == 75 and ahead(1000, 10.0) == 16  # 0.15 s of them
+    assert ahead(10_000, 2.0) == 160
+
+
+def test_rows_keep_what_was_fed(sessions):
+    session = sessions(1)
+    generation = session.generate(PROMPTS, SamplingParams(max_new_tokens=3, eos=()))
+    tokens = [next(generation), next(generation)]
+    # The next call finds the cache of both rows with the first new token, the second is not fed.
+    assert [row.fed for row in session._rows] == [
+        [*prompt, new] for prompt, new in zip(PROMPTS, tokens[0], strict=True)
+    ]
