@@ -34,7 +34,7 @@ from shardwright.compiler.workspace import PlanWorkspace
 from shardwright.errors import ConfigError, UsageError
 from shardwright.model_defs import family_of
 from shardwright.model_defs.layers import Stored
-from shardwright.runtime import artifact, cublas
+from shardwright.runtime import artifact
 
 MAX_RANKS = 16
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -347,7 +347,7 @@ def _lower(
     """VM code for `target`, the bytes of its workspace, its functions' signatures, libraries."""
     workspace = PlanWorkspace()
     mod = lower_abstract(program.mod, target, peer, disabled)
-    libraries = (cublas.LIBRARY,) if _calls(mod, MATMUL) else ()
+    libraries = (artifact.CUBLAS,) if _calls(mod, MATMUL) else ()
     pipeline.dump(mod, dump_ir, "3-lowered")
     prefill = mod["prefill"]
     bound = {"n": limits.prefill_chunk_size}

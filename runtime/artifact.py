@@ -25,6 +25,9 @@ SCHEMA = 1
 
 MANIFEST = "manifest.json"
 
+CUBLAS = "cublas"
+"""NVIDIA's library of matrix products, in `Manifest.libraries`."""
+
 PIECE_BYTES = 16 << 20
 """Length of the pieces of a shard that have a checksum of their own."""
 
@@ -145,7 +148,7 @@ class Manifest:
     dummy_weights: bool
     files: dict[str, FileEntry]
     libraries: tuple[str, ...] = ()
-    """Vendor libraries that the program calls besides the collectives: `cublas`, or none."""
+    """Vendor libraries that the program calls besides the collectives: `CUBLAS`, or none."""
     schema: int = SCHEMA
 
 

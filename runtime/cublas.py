@@ -13,9 +13,6 @@ from typing import Any
 from shardwright.errors import WorkerError
 from shardwright.runtime.tvm_runtime import load_cuda_library
 
-LIBRARY = "cublas"
-"""Name of the library in a manifest."""
-
 _WORKSPACE_BYTES = 32 << 20  # what NVIDIA recommends for Hopper
 _FLOAT32, _FLOAT16, _BFLOAT16 = 0, 2, 14  # cudaDataType
 _TYPES = {"float32": _FLOAT32, "float16": _FLOAT16, "bfloat16": _BFLOAT16}

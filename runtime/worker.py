@@ -22,7 +22,7 @@ import numpy as np
 
 from shardwright import errors
 from shardwright.runtime import cublas, tvm_runtime
-from shardwright.runtime.artifact import Manifest, load_manifest
+from shardwright.runtime.artifact import CUBLAS, Manifest, load_manifest
 from shardwright.runtime.collectives import (
     AbortedError,
     Collectives,
@@ -118,7 +118,7 @@ class Worker:
 
                 open_gpu, join = HipDevice, RcclCollectives
             self._device = gpu = open_gpu(self.rank, manifest.use_cuda_graph)
-            if cublas.LIBRARY in manifest.libraries:
+            if CUBLAS in manifest.libraries:
                 with gpu.scope():
                     cublas.install(self.rank)
         free = self._device.free_memory()

@@ -32,7 +32,8 @@ RULES = {
         (
             *("tvm", "tvm_ffi", "numpy", "ml_dtypes", "safetensors", "huggingface_hub", "cuda"),
             *("shardwright.errors", "shardwright.model_defs", "shardwright.compiler"),
-            *("shardwright.runtime.artifact", "shardwright.__version__"),
+            *("shardwright.runtime.artifact", "shardwright.runtime.memory"),
+            "shardwright.__version__",
         )
     ),
     "runtime": Rule(
