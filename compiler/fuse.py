@@ -24,6 +24,11 @@ GATED = {
     "shardwright.q4_linear": "shardwright.q4_gated_linear",
 }
 
+APPENDING = {
+    "shardwright.rotary_append": "shardwright.append_attention",
+    "shardwright.rotary_append_joined": "shardwright.append_attention_joined",
+}
+
 
 def fuse_qkv(mod: tvm.IRModule) -> tvm.IRModule:
     """`rotary_append` of three adjacent slices of one value reads them from it.
@@ -45,6 +50,50 @@ def fuse_qkv(mod: tvm.IRModule) -> tvm.IRModule:
         )
 
     return _for_each(mod, lambda _: rewrite)
+
+
+def fuse_append_attention(mod: tvm.IRModule) -> tvm.IRModule:
+    """`rotary_append`, and the attention of the tokens that it appends, become one operation.
+
+    It is `shardwright.append_attention(q, k, v, table, k_pages, v_pages, page_table, rows,
+    positions, layer, scale, window, softcap) -> (out, k_pages, v_pages)`, or
+    `append_attention_joined(qkv, table, ...)`.
+    """
+
+    def fuse(func: relax.Function) -> Rewrite:
+        uses = _uses(func)
+
+        def rewrite(rw: Rewriter, _var: relax.Var, call: relax.Call) -> relax.Expr | None:
+            if op_name(call) != "shardwright.attention":
+                return None
+            q, k_pages, v_pages, *rest = operands_of(call)
+            items = [rw.values.get(x) for x in (q, k_pages, v_pages)]
+            found = [x for x in items if isinstance(x, relax.TupleGetItem)]
+            if [x.index for x in found] != [0, 1, 2] or uses[q] != 1:
+                return None
+            append = rw.value_of(found[0].tuple_value)
+            if append is None or op_name(append) not in APPENDING:
+                return None
+            where, masks, appended = rest[:4], rest[4:], operands_of(append)[-4:]
+            if any(x.tuple_value != found[0].tuple_value for x in found[1:]):
+                return None
+            # Of the same tokens, and of the same layer.
+            if appended[:3] != where[:3] or appended[3].value != where[3].value:
+                return None
+            fused = relax.call_dps_packed(
+                APPENDING[op_name(append)],
+                relax.Tuple([rw.local(x) for x in [*operands_of(append), *masks]]),
+                out_ty=[call.ty, k_pages.ty, v_pages.ty],
+            )
+            results = rw.bb.emit(fused)
+            # The append itself is left without a reader, and is dropped.
+            for i, pages in enumerate((k_pages, v_pages), 1):
+                rw.vars[pages] = rw.bb.emit(relax.TupleGetItem(results, i), pages.name)
+            return relax.TupleGetItem(results, 0)
+
+        return rewrite
+
+    return _for_each(mod, fuse)
 
 
 def fuse_add_norm(mod: tvm.IRModule) -> tvm.IRModule:
@@ -151,6 +200,7 @@ def _adjacent(rw: Rewriter, parts: list[relax.Expr]) -> relax.Expr | None:
 
 FUSIONS: dict[str, Callable[[tvm.IRModule], tvm.IRModule]] = {
     "fuse_qkv": fuse_qkv,
+    "fuse_append_attention": fuse_append_attention,
     "fuse_add_norm": fuse_add_norm,
     "fuse_silu_mul": fuse_silu_mul,
 }

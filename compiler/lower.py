@@ -16,6 +16,7 @@ from shardwright.compiler.fuse import FUSIONS
 from shardwright.compiler.kernels import (
     all_reduce,
     attention,
+    attention_cuda,
     gemv,
     gemv_rocm,
     matmul,
@@ -60,6 +61,8 @@ def lower_abstract(
     kernels = _Kernels(bb, target_name(target))
     kernels.cublas = target.kind.name == "cuda" and CUBLAS_PASS not in disabled
     kernels.wgmma = "wgmma" in target.keys and Q4_GEMM_PASS not in disabled
+    if target.kind.name == "cuda":
+        kernels.arch = int(str(target.attrs["arch"])[3:])
     functions = {
         gv.name_hint: Rewriter(func, kernels.lower, bb=bb).run(gv.name_hint)
         for gv, func in mod.functions_items()
@@ -80,6 +83,7 @@ class _Kernels:
     def __init__(self, bb: relax.BlockBuilder, target: str) -> None:
         self.bb, self.target = bb, target
         self.cublas = self.wgmma = False
+        self.arch = 0  # the oldest CUDA architecture, such as 89
         self.generated: dict[tuple[Any, ...], relax.GlobalVar] = {}
 
     def lower(self, rw: Rewriter, _var: relax.Var, call: relax.Call) -> relax.Expr | None:
@@ -202,9 +206,20 @@ def _attention(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.E
     if k.target == "cpu":
         kernel = k.kernel(attention.attention_cpu, **shapes)
         return relax.call_tir(kernel, [*tensors, layer], call.ty)
+    sizes = {name: shapes[name] for name in ("head_dim", "page_size", "dtype")}
     if shapes["tokens"] is None:
-        kernel = k.kernel(attention.attention_prefill, **shapes, target=k.target)
+        if attention_cuda.prefill_supported(**sizes, target=k.target, arch=k.arch):
+            kernel = k.kernel(
+                attention_cuda.prefill_attention, **shapes, target=k.target, arch=k.arch
+            )
+        else:
+            kernel = k.kernel(attention.attention_prefill, **shapes, target=k.target)
         return relax.call_tir(kernel, [*tensors, layer], call.ty)
+    if attention_cuda.supported(**sizes, target=k.target):
+        kernel = k.kernel(attention_cuda.decode_attention, **shapes, target=k.target)
+        types = [call.ty, *_decode_scratch(shapes)]
+        results = k.bb.emit(relax.call_tir(kernel, [*tensors, layer], types))
+        return relax.TupleGetItem(results, 0)
     n, heads, head_dim = shape_of(q)
     max_len = shapes["max_pages"] * shapes["page_size"]
     splits = attention.num_splits(
@@ -227,6 +242,52 @@ def _attention(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.E
         target=k.target,
     )
     return relax.call_tir(combine, pieces, call.ty)
+
+
+def _decode_scratch(shapes: dict[str, Any]) -> list[relax.TensorType]:
+    tokens, heads, kv_heads, dim = (
+        shapes[name] for name in ("tokens", "heads", "kv_heads", "head_dim")
+    )
+    plan = attention_cuda.decode_plan(
+        tokens=tokens, kv_heads=kv_heads, group=heads // kv_heads, head_dim=dim
+    )
+    scratch = attention_cuda.decode_scratch(plan, tokens, heads, kv_heads, dim)
+    return [relax.TensorType(shape, "float32") for shape in scratch]
+
+
+def _append_attention(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """One kernel for one token of each row, where there is one; otherwise its two parts."""
+    *tensors, scale, window, softcap = args
+    at = next(i for i, x in enumerate(args) if len(shape_of(x)) == 5)
+    out, *pages = call.ty.fields
+    shapes = _cache_shapes(k, relax.Var("q", out), args[at], args[at + 2])
+    sizes = {name: shapes[name] for name in ("head_dim", "page_size", "dtype")}
+    if shapes["tokens"] is not None and attention_cuda.supported(**sizes, target=k.target):
+        turned = 2 * shape_of(args[at - 1])[2]
+        kernel = k.kernel(
+            attention_cuda.decode_attention,
+            **shapes,
+            scale=_value(scale),
+            window=_value(window),
+            softcap=_value(softcap),
+            append="joined" if at == 2 else "apart",
+            rotary=turned if turned < shapes["head_dim"] else None,
+            target=k.target,
+        )
+        types = [out, *pages, *_decode_scratch(shapes)]
+        places = [-1, at, at + 1, -1, -1]
+        results = k.bb.emit(relax.call_tir_inplace(kernel, tensors, places, types))
+        return relax.Tuple([k.bb.emit(relax.TupleGetItem(results, i)) for i in range(3)])
+    name = "rotary_append_joined" if at == 2 else "rotary_append"
+    append = relax.call_dps_packed(
+        f"shardwright.{name}", relax.Tuple(tensors), out_ty=[out, *pages]
+    )
+    appended = k.bb.emit(_rotary_append(k, k.bb.normalize(append), tensors))
+    q, *cache = [k.bb.emit(relax.TupleGetItem(appended, i)) for i in range(3)]
+    attend_args = [q, *cache, *tensors[at + 2 :], scale, window, softcap]
+    attend = relax.call_dps_packed("shardwright.attention", relax.Tuple(attend_args), out_ty=out)
+    attended = k.bb.emit(_attention(k, k.bb.normalize(attend), attend_args))
+    return relax.Tuple([attended, *cache])
 
 
 def _store_logits(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
@@ -452,6 +513,8 @@ LOWERINGS: dict[str, Lowering] = {
     "shardwright.rotary_append_joined": _rotary_append,
     "shardwright.add_rms_norm": _add_rms_norm,
     "shardwright.attention": _attention,
+    "shardwright.append_attention": _append_attention,
+    "shardwright.append_attention_joined": _append_attention,
     "shardwright.store_logits": _store_logits,
     "shardwright.sample": _sample,
     "shardwright.linear": _linear,

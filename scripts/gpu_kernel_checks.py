@@ -39,19 +39,47 @@ NORMS = [4096, 8192, 5120, 1003, 16384, 16]
 ATTENTION = [  # heads, kv_heads, head_dim, batch, contexts
     (32, 8, 128, 1, [256]),
     (32, 8, 128, 1, [4000]),
+    (32, 8, 128, 1, [16384]),
+    (32, 8, 128, 1, [131072]),
     (64, 8, 128, 1, [256]),
+    (64, 8, 128, 1, [16384]),
+    (16, 4, 128, 1, [256]),
     (16, 2, 128, 1, [256]),
     (16, 2, 128, 1, [4000]),
     (32, 32, 128, 1, [1000]),
+    (40, 8, 128, 1, [16384]),
+    (16, 8, 128, 1, [16384]),
+    (56, 8, 128, 1, [16384]),
+    (128, 8, 128, 1, [16384]),
+    (32, 8, 64, 1, [65536]),
+    (32, 8, 80, 1, [65536]),
+    (32, 8, 96, 1, [65536]),
+    (32, 8, 256, 1, [16384]),
     (32, 8, 128, 4, [1, 17, 4000, 0]),
     (32, 8, 128, 8, [256] * 8),
+    (32, 8, 128, 64, [256] * 64),
     (14, 2, 64, 3, [5, 1000, 63]),
     (28, 4, 80, 2, [1, 300]),
     (16, 1, 96, 2, [33, 0]),
     (9, 3, 256, 2, [700, 31]),
+    (16, 1, 256, 2, [129, 4000]),
     (10, 2, 32, 2, [129, 4]),
     (4, 4, 16, 2, [3, 2000]),
     (18, 1, 64, 2, [77, 16]),
+]
+MASKED = dict(window=100, softcap=20.0)
+PREFILL = [  # heads, kv_heads, head_dim, (row, from, to) of each piece of the chunk
+    (32, 8, 128, [(0, 0, 4096)]),
+    (32, 8, 128, [(0, 0, 16384)]),
+    (32, 8, 128, [(0, 14336, 16384)]),
+    (64, 8, 128, [(0, 0, 4096)]),
+    (32, 8, 64, [(0, 0, 8192)]),
+    (32, 8, 80, [(0, 0, 8192)]),
+    (32, 32, 96, [(0, 0, 8192)]),
+    (16, 8, 256, [(0, 0, 8192)]),
+    (32, 8, 128, [(2, 10, 19), (0, 0, 7), (1, 100, 1500), (3, 5, 6)]),
+    (9, 3, 48, [(1, 0, 300), (0, 50, 51), (2, 0, 129)]),
+    (4, 4, 16, [(0, 0, 130), (1, 7, 9)]),
 ]
 LAYERS, PAGE, MAX_LEN, VOCAB = 3, 16, 4096, 128256
 
@@ -73,22 +101,22 @@ def all_cases(tune: bool) -> list[dict[str, Any]]:
                         case = dict(kind=kind, name=f"{name}_gated", gated=True)
                         cases.append(case | dict(batch=batch, n=n, k=k, plan=None))
     for heads, kv, dim, batch, contexts in ATTENTION:
-        name = f"attention_{heads}_{kv}_{dim}_{batch}_{contexts[0]}"
-        for kind in ("decode", "prefill"):
-            cases.append(
-                dict(
-                    kind=kind,
-                    name=f"{kind}_{name}",
-                    heads=heads,
-                    kv=kv,
-                    dim=dim,
-                    batch=batch,
-                    contexts=contexts,
-                )
-            )
-    cases.append(
-        dict(kind="prefill", name="prefill_long", heads=32, kv=8, dim=128, batch=2, contexts=[2000])
-    )
+        sizes = dict(heads=heads, kv=kv, dim=dim, batch=batch, contexts=contexts)
+        name = f"{heads}_{kv}_{dim}_{batch}_{contexts[0]}"
+        # On CUDA with the append, joined or apart, and without; and the kernel for any GPU.
+        forms = ["joined", "apart", "alone", "plain"] if batch in (3, 4) else ["joined"]
+        for form in forms:
+            case = dict(kind="decode", name=f"decode_{form}_{name}", form=form, **sizes)
+            masked = case | MASKED | dict(name=case["name"] + "_masked")
+            cases += [case] if batch in (1, 8, 64) else [case, masked]
+    for heads, kv, dim, chunk in PREFILL:
+        sizes = dict(heads=heads, kv=kv, dim=dim, chunk=chunk, batch=4, contexts=[chunk[0][2]])
+        name = f"prefill_{heads}_{kv}_{dim}_{sum(end - begin for _, begin, end in chunk)}"
+        cases.append(dict(kind="prefill", name=name, form="cuda", **sizes))
+        if len(chunk) > 1:
+            cases.append(dict(kind="prefill", name=name + "_plain", form="plain", **sizes))
+            masked = MASKED | dict(name=name + "_masked")
+            cases.append(dict(kind="prefill", form="cuda", **sizes) | masked)
     for n, rows, k, group in Q4_GEMM:
         name = f"q4_gemm_{n}_{rows}_{k}_{group}"
         cases.append(dict(kind="q4_gemm", name=name, n=n, rows=rows, k=k, group=group))
@@ -114,8 +142,18 @@ def tuning(case: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def max_len_of(case: dict[str, Any]) -> int:
+    return max(MAX_LEN, *case["contexts"])
+
+
 def pages_of(case: dict[str, Any]) -> int:
-    return case["batch"] * MAX_LEN // PAGE + 5
+    return case["batch"] * max_len_of(case) // PAGE + 5
+
+
+def layers_of(case: dict[str, Any]) -> int:
+    """So many that the caches together pass the L2 cache."""
+    size = 4 * sum(case["contexts"]) * case["kv"] * case["dim"]
+    return max(LAYERS, min(64, 200 * 2**20 // size))
 
 
 def build(directory: Path, archs: tuple[str, ...], tune: bool, only: str) -> None:
@@ -124,6 +162,7 @@ def build(directory: Path, archs: tuple[str, ...], tune: bool, only: str) -> Non
     from shardwright.compiler.cuda import cuda_target, install_hook
     from shardwright.compiler.kernels import (
         attention,
+        attention_cuda,
         gemv,
         matmul,
         norm,
@@ -148,21 +187,39 @@ def build(directory: Path, archs: tuple[str, ...], tune: bool, only: str) -> Non
             funcs[name] = gemv.gemv(**sizes) if kind == "gemv" else gemv.q4_gemv(group=32, **sizes)
         elif kind in ("decode", "prefill"):
             sizes = dict(
-                heads=case["heads"], kv_heads=case["kv"], head_dim=case["dim"], layers=LAYERS,
-                pages=pages_of(case), page_size=PAGE, batch=None, max_pages=MAX_LEN // PAGE,
-                dtype="float16", scale=case["dim"] ** -0.5, target="cuda",
+                heads=case["heads"], kv_heads=case["kv"], head_dim=case["dim"],
+                layers=layers_of(case), pages=pages_of(case), page_size=PAGE, batch=None,
+                max_pages=max_len_of(case) // PAGE, dtype="float16", scale=case["dim"] ** -0.5,
+                target="cuda", window=case.get("window", 0), softcap=case.get("softcap", 0.0),
             )  # fmt: skip
-            if kind == "prefill":
+            n, form = case["batch"], case["form"]
+            if kind == "prefill" and form == "plain":
                 funcs[name] = attention.attention_prefill(tokens=None, **sizes)
-                continue
-            n = case["batch"]
-            splits = attention.num_splits(tokens=n, kv_heads=case["kv"], max_len=MAX_LEN)
-            case["splits"] = splits
-            funcs[name] = attention.attention_partial(tokens=n, splits=splits, **sizes)
-            funcs[name + "_combine"] = attention.attention_combine(
-                tokens=n, heads=case["heads"], head_dim=case["dim"], dtype="float16",
-                splits=splits, target="cuda",
-            )  # fmt: skip
+            elif kind == "prefill":
+                arch = min(int(a.removeprefix("sm_").rstrip("af")) for a in archs)
+                funcs[name] = attention_cuda.prefill_attention(tokens=None, arch=arch, **sizes)
+            elif form != "plain":
+                append = "" if form == "alone" else form
+                funcs[name] = attention_cuda.decode_attention(tokens=n, append=append, **sizes)
+                group = case["heads"] // case["kv"]
+                plan = attention_cuda.decode_plan(
+                    tokens=n, kv_heads=case["kv"], group=group, head_dim=case["dim"]
+                )
+                case["scratch"] = attention_cuda.decode_scratch(
+                    plan, n, case["heads"], case["kv"], case["dim"]
+                )
+                case["plan"] = [plan.parts, plan.warps, plan.few, plan.splits]
+            else:
+                splits = attention.num_splits(
+                    tokens=n, kv_heads=case["kv"], max_len=max_len_of(case)
+                )
+                funcs[name] = attention.attention_partial(tokens=n, splits=splits, **sizes)
+                funcs[name + "_combine"] = attention.attention_combine(
+                    tokens=n, heads=case["heads"], head_dim=case["dim"], dtype="float16",
+                    splits=splits, target="cuda",
+                )  # fmt: skip
+                shape = (splits, n, case["heads"])
+                case["scratch"], case["plan"] = ((*shape, case["dim"]), (*shape, 2)), [splits]
     funcs["table"] = rotary.rotary_table(
         tokens=None, half=64, scale=1.0, ntk=(2.0, 8192), target="cuda"
     )
@@ -321,68 +378,96 @@ class _Runner:
 
     def cache(self, case: dict[str, Any]) -> tuple[Any, Any, Any]:
         torch = self.torch
-        shape = (LAYERS, pages_of(case), case["kv"], PAGE, case["dim"])
+        shape = (layers_of(case), pages_of(case), case["kv"], PAGE, case["dim"])
         pages = [torch.randn(shape, device="cuda", dtype=torch.half) for _ in range(2)]
-        table = torch.randperm(pages_of(case), device="cuda")[: case["batch"] * MAX_LEN // PAGE]
+        table = torch.randperm(pages_of(case), device="cuda")
+        table = table[: case["batch"] * (max_len_of(case) // PAGE)]
         return *pages, table.reshape(case["batch"], -1).int()
 
-    def expected(self, q: Any, cache: Any, rows: list[int], at: list[int], layer: int) -> Any:
+    def expected(
+        self, case: dict[str, Any], q: Any, cache: Any, rows: list[int], at: list[int], layer: int
+    ) -> Any:
         torch = self.torch
         k_pages, v_pages, table = cache
         out = torch.zeros(q.shape, dtype=torch.double, device="cuda")
-        group = q.shape[1] // k_pages.shape[2]
+        group, softcap = q.shape[1] // k_pages.shape[2], case.get("softcap", 0.0)
         for t, (row, position) in enumerate(zip(rows, at, strict=True)):
-            p = torch.arange(position + 1, device="cuda")
+            window = case.get("window", 0) or position + 1
+            p = torch.arange(max(0, position + 1 - window), position + 1, device="cuda")
             if position < 0:
                 continue
             k, v = (
                 x[layer][table[row].long()[p // PAGE], :, p % PAGE].double()
                 for x in (k_pages, v_pages)
             )
-            k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-            score = torch.einsum("hd,phd->hp", q[t].double(), k) * q.shape[2] ** -0.5
-            out[t] = torch.einsum("hp,phd->hd", score.softmax(1), v)
+            heads = q[t].double().unflatten(0, (-1, group))
+            score = torch.einsum("kgd,pkd->kgp", heads, k) * q.shape[2] ** -0.5
+            if softcap:
+                score = softcap * (score / softcap).tanh()
+            out[t] = torch.einsum("kgp,pkd->kgd", score.softmax(2), v).flatten(0, 1)
         return out
 
     def decode(self, case: dict[str, Any]) -> None:
-        torch, n = self.torch, case["batch"]
-        at = (case["contexts"] * n)[:n]
-        at = [c - 1 for c in at]
-        q = torch.randn(n, case["heads"], case["dim"], device="cuda").half()
-        cache = self.cache(case)
+        torch, n, form = self.torch, case["batch"], case["form"]
+        at = [c - 1 for c in (case["contexts"] * n)[:n]]
+        heads, kv, dim = case["heads"], case["kv"], case["dim"]
+        cache, layer = self.cache(case), 1
+        qkv = torch.randn(n, heads + 2 * kv, dim, device="cuda").half()
+        angle = torch.rand(n, 1, dim // 2, device="cuda") * 100
+        table = torch.cat([angle.cos(), angle.sin()], 1)
+        low, high = qkv[:, : heads + kv].float().chunk(2, 2)
+        turned = torch.cat([low * table[:, :1] - high * table[:, 1:],
+                            high * table[:, :1] + low * table[:, 1:]], 2).half()  # fmt: skip
+        full = [c.clone() for c in cache[:2]]
+        for t, p in enumerate(at):
+            if p >= 0:
+                place = (layer, cache[2][t, p // PAGE].item(), slice(None), p % PAGE)
+                full[0][place], full[1][place] = turned[t, heads:], qkv[t, heads + kv :]
         rows = torch.arange(n, device="cuda", dtype=torch.int32)
-        positions = torch.tensor(at, device="cuda", dtype=torch.int32)
-        splits = case["splits"]
-        shape = (splits, n, case["heads"])
-        sums = torch.full((*shape, case["dim"]), torch.nan, device="cuda")
-        stats = torch.full((*shape, 2), torch.nan, device="cuda")
+        where = rows, torch.tensor(at, device="cuda", dtype=torch.int32)
+        q = turned[:, :heads].contiguous()
         out = torch.full_like(q, torch.nan)
+        scratch = [torch.full(s, torch.nan, device="cuda") for s in case["scratch"]]
+        apart = [x.contiguous() for x in qkv.split([heads, kv, kv], 1)]
+        first = {"joined": [qkv.flatten(1), table], "apart": [*apart, table]}.get(form, [q])
+        pages = [*cache[:2]] if form in ("joined", "apart") else full
 
         def step(layer: int) -> None:
-            self.call(case["name"], q, *cache, rows, positions, layer, sums, stats)
-            self.call(case["name"] + "_combine", sums, stats, out)
+            args = (*first, *pages, cache[2], *where, layer)
+            if form == "plain":
+                self.call(case["name"], *args, *scratch)
+                self.call(case["name"] + "_combine", *scratch, out)
+            else:
+                self.call(case["name"], *args, out, *scratch)
 
-        step(1)
-        error = (out.double() - self.expected(q, cache, list(range(n)), at, 1)).abs().max().item()
-        us = self.time([lambda i=i: step(i % LAYERS) for i in range(6)])
-        size = 4 * sum(c + 1 for c in at) * case["kv"] * case["dim"]
-        self.report(case, error, 3e-3, us=us, GBps=size / us / 1e3, splits=splits)
+        step(layer)
+        want = self.expected(case, q, (*full, cache[2]), list(range(n)), at, layer)
+        error = (out.double() - want).abs().max().item()
+        error = max(error, *((p - f).abs().max().item() for p, f in zip(pages, full, strict=True)))
+        seen = out.clone()
+        step(layer)
+        error += 0.0 if torch.equal(seen, out) else 1.0
+        us = self.time([lambda i=i: step(i) for i in range(layers_of(case))], 1)
+        size = 4 * sum(c + 1 for c in at) * kv * dim
+        self.report(case, error, 4e-3, us=us, GBps=size / us / 1e3, plan=case["plan"])
 
     def prefill(self, case: dict[str, Any]) -> None:
         torch = self.torch
-        lengths = (case["contexts"] * case["batch"])[: case["batch"]]
-        rows = [r for r, c in enumerate(lengths) for _ in range(min(c, 2000))] + [0]
-        at = [p for c in lengths for p in range(c - min(c, 2000), c)] + [-1]
+        rows = [row for row, begin, end in case["chunk"] for _ in range(begin, end)] + [0]
+        at = [p for _, begin, end in case["chunk"] for p in range(begin, end)] + [-1]
         q = torch.randn(len(rows), case["heads"], case["dim"], device="cuda").half()
         cache, out = self.cache(case), torch.full_like(q, torch.nan)
         tensors = [torch.tensor(x, device="cuda", dtype=torch.int32) for x in (rows, at)]
         self.call(case["name"], q, *cache, *tensors, 2, out)
-        some = [*range(0, len(rows), 97), len(rows) - 1]
-        want = self.expected(q[some], cache, [rows[i] for i in some], [at[i] for i in some], 2)
+        some = [*range(0, len(rows), -(-len(rows) // 97)), len(rows) - 1]
+        chosen = [rows[i] for i in some], [at[i] for i in some]
+        want = self.expected(case, q[some], cache, *chosen, 2)
         error = (out[some].double() - want).abs().max().item()
+        seen = out.clone()
         us = self.time([lambda: self.call(case["name"], q, *cache, *tensors, 2, out)], 1)
+        error += 0.0 if torch.equal(seen, out) else 1.0
         flops = 4 * sum(p + 1 for p in at) * case["heads"] * case["dim"]
-        self.report(case, error, 3e-3, us=us, tokens=len(rows), TFLOPs=flops / us / 1e6)
+        self.report(case, error, 4e-3, us=us, tokens=len(rows), TFLOPs=flops / us / 1e6)
 
     def rotary(self, case: dict[str, Any]) -> None:
         torch = self.torch

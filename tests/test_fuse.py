@@ -1,5 +1,7 @@
 """Fusions: Before / Expected for each, and what must be left alone."""
 
+import textwrap
+
 import pytest
 import tvm
 from tvm import relax
@@ -100,6 +102,98 @@ def test_rotary_append_reads_adjacent_slices_from_their_whole():
     assert "(24,), (32,)" in source
     apart = tvm.script.from_source(source.replace("(24,), (32,)", "(0,), (8,)"))
     check(fuse.fuse_qkv, apart, without_unused(apart))
+
+
+def cached(body: str) -> tvm.IRModule:
+    """A function of two layers' attention over a cache of one page each, with `body`."""
+    return tvm.script.from_source(f"""
+@I.ir_module
+class Module:
+    @R.function
+    def main(
+        qkv: R.Tensor((2, 32), "float16"),
+        table: R.Tensor((2, 2, 2), "float32"),
+        page_table: R.Tensor((2, 1), "int32"),
+        rows: R.Tensor((2,), "int32"),
+        positions: R.Tensor((2,), "int32"),
+        k_pages: R.Tensor((2, 2, 2, 4, 4), "float16"),
+        v_pages: R.Tensor((2, 2, 2, 4, 4), "float16"),
+    ):
+        R.func_attr({{"num_input": 7}})
+        with R.dataflow():
+{textwrap.indent(textwrap.dedent(body), " " * 12)}
+            R.output(out)
+        return out
+""")
+
+
+HEADS = 'R.Tensor((2, 4, 4), "float16")'
+PAGES = 'R.Tensor((2, 2, 2, 4, 4), "float16")'
+
+
+def appended(layer, k_pages, v_pages, name="shardwright.rotary_append_joined", masks=""):
+    where = f"page_table, rows, positions, {layer}{masks}"
+    args = f"(qkv, table, {k_pages}, {v_pages}, {where})"
+    return f'R.call_dps_packed("{name}", {args}, out_ty=[{HEADS}, {PAGES}, {PAGES}])'
+
+
+def attended(layer, q, k_pages, v_pages):
+    where = f"page_table, rows, positions, {layer}, T.float64(0.5), 3, T.float64(0.0)"
+    args = f"({q}, {k_pages}, {v_pages}, {where})"
+    return f'R.call_dps_packed("shardwright.attention", {args}, out_ty={HEADS})'
+
+
+def test_an_append_joins_the_attention_of_its_tokens():
+    before = cached(f"""
+        first = {appended(0, "k_pages", "v_pages")}
+        q0 = first[0]
+        k0 = first[1]
+        v0 = first[2]
+        a = {attended(0, "q0", "k0", "v0")}
+        second = {appended(1, "k0", "v0")}
+        q1 = second[0]
+        k1 = second[1]
+        v1 = second[2]
+        b = {attended(1, "q1", "k1", "v1")}
+        sum = R.add(a, b)
+        out = (sum, k1, v1)
+    """)
+    masks = ", T.float64(0.5), 3, T.float64(0.0)"
+    name = "shardwright.append_attention_joined"
+    expected = cached(f"""
+        first = {appended(0, "k_pages", "v_pages", name, masks)}
+        k0 = first[1]
+        v0 = first[2]
+        a = first[0]
+        second = {appended(1, "k0", "v0", name, masks)}
+        k1 = second[1]
+        v1 = second[2]
+        b = second[0]
+        sum = R.add(a, b)
+        out = (sum, k1, v1)
+    """)
+    check(fuse.fuse_append_attention, before, expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "k_pages", "rest"),
+    [
+        (1, "k0", ""),  # of another layer
+        (0, "k_pages", ""),  # from before the append
+        (0, "k0", "twice = R.add(q0, a)"),  # the turned queries are needed elsewhere
+    ],
+)
+def test_an_attention_to_something_else_stays_apart(layer, k_pages, rest):
+    module = cached(f"""
+        first = {appended(0, "k_pages", "v_pages")}
+        q0 = first[0]
+        k0 = first[1]
+        v0 = first[2]
+        a = {attended(layer, "q0", k_pages, "v0")}
+        {rest or "twice = a"}
+        out = (twice, k0, v0)
+    """)
+    check(fuse.fuse_append_attention, module, without_unused(module))
 
 
 def test_a_sum_and_its_norm_become_one_operation():

@@ -3,11 +3,21 @@
 What they compute is checked on a GPU by scripts/gpu_kernel_checks.py.
 """
 
+import re
+
 import pytest
 import tvm
 from tvm.target import Target
 
-from shardwright.compiler.kernels import attention_gpu, gemv, matmul, norm, rotary, sampling
+from shardwright.compiler.kernels import (
+    attention_cuda,
+    attention_gpu,
+    gemv,
+    matmul,
+    norm,
+    rotary,
+    sampling,
+)
 from shardwright.errors import UsageError
 
 CACHE = dict(layers=2, pages=9, page_size=16, batch=None, max_pages=4, dtype="float16")
@@ -40,6 +50,81 @@ def test_attention_with_a_window_and_capped_scores():
     shapes = dict(heads=8, kv_heads=4, head_dim=256, scale=0.1, window=100, softcap=50.0)
     func = attention_gpu.attention_partial(tokens=2, splits=3, target="cuda", **shapes, **CACHE)
     assert "tanhf" in source(func) and "99" in source(func)
+
+
+@pytest.mark.parametrize("append", ["joined", "apart", ""])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 1, 128), (9, 3, 80), (32, 2, 256)])
+def test_decode_attention_on_cuda(append, heads, kv_heads, head_dim):
+    shapes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=0.1, target="cuda")
+    func = attention_cuda.decode_attention(
+        tokens=2, append=append, window=5, rotary=head_dim // 2, **shapes, **CACHE
+    )
+    text = source(func)
+    name = re.search(r"decode_attention<shardwright::DecodeSizes<([^>]*)>>", text)
+    sizes = [x.strip() for x in name[1].split(",")]
+    plan = attention_cuda.decode_plan(
+        tokens=2, kv_heads=kv_heads, group=heads // kv_heads, head_dim=head_dim
+    )
+    assert sizes[:5] == ["2", str(heads), str(kv_heads), str(head_dim), "16"]
+    assert sizes[5:10] == [
+        str(x) for x in (plan.parts, plan.warps, plan.few, plan.splits, plan.blocks)
+    ]
+    flags = [{True: "true", False: "false"}[x] for x in (append != "", append == "joined")]
+    assert sizes[10:] == [*flags, str(head_dim // 2), "5", "false"]
+    # It may start before the kernel in front has ended.
+    assert "shardwright_launch_dependents();" in text
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("head_dim", "softcap"), [(64, 0.0), (128, 30.0), (80, 0.0)])
+def test_prefill_attention_on_cuda(arch, head_dim, softcap):
+    func = attention_cuda.prefill_attention(
+        tokens=None, heads=6, kv_heads=2, head_dim=head_dim, scale=0.1, target="cuda", arch=arch,
+        softcap=softcap, **CACHE
+    )  # fmt: skip
+    text = source(func)
+    assert f"Sizes<6, 2, {head_dim}, 16, " in text
+    shared = int(re.search(r"staged = T.alloc_buffer\(\((\d+),\)", func.script())[1])
+    # What every GPU of that generation has for a block.
+    assert shared <= (99 if arch < 90 else 227) * 1024
+
+
+def test_what_the_tensor_core_kernels_take():
+    sizes = dict(head_dim=128, page_size=16, dtype="float16", target="cuda")
+    assert attention_cuda.supported(**sizes)
+    for change in (
+        {"head_dim": 72}, {"head_dim": 272}, {"page_size": 8}, {"dtype": "float32"},
+        {"target": "rocm"}, {"target": "cpu"},
+    ):  # fmt: skip
+        assert not attention_cuda.supported(**sizes | change)
+    large = sizes | {"head_dim": 256}
+    assert attention_cuda.supported(**large)
+    assert attention_cuda.prefill_supported(**large, arch=90)
+    assert not attention_cuda.prefill_supported(**large, arch=89)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 5, 7, 8, 16, 71])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+def test_decode_plans(group, head_dim):
+    for tokens in (1, 2, 8, 64, 4096):
+        for kv_heads in (1, 2, 8, 32):
+            plan = attention_cuda.decode_plan(
+                tokens=tokens, kv_heads=kv_heads, group=group, head_dim=head_dim
+            )
+            queries = -(-group // plan.parts)
+            assert queries * plan.parts >= group and queries <= (16 if head_dim <= 128 else 8)
+            # The staged sums of its warps; static shared memory ends at 48 KiB.
+            words = plan.warps * -(-queries // 8) * 8 * (head_dim + 2)
+            assert words * 4 + plan.warps * 256 <= 48 * 1024
+            assert plan.warps % plan.few == 0 and plan.splits <= 64
+            if plan.splits > 1:
+                items = tokens * kv_heads * plan.parts
+                assert items <= attention_cuda.MAX_COUNTERS and items * plan.splits <= plan.blocks
+
+
+def test_a_single_sequence_fills_the_gpu():
+    plan = attention_cuda.decode_plan(tokens=1, kv_heads=8, group=4, head_dim=128)
+    assert plan.splits * 8 >= 0.9 * attention_cuda.MULTIPROCESSORS
 
 
 def test_attention_refuses_odd_head_dims():

@@ -1,0 +1,451 @@
+#ifndef SHARDWRIGHT_PREFILL_ATTENTION
+#define SHARDWRIGHT_PREFILL_ATTENTION
+// Attention of many tokens over the paged cache on the tensor cores of CUDA GPUs. Included once in
+// a module, whatever it is instantiated for.
+//
+// A block takes 128 tokens and one query head, and walks over the keys in tiles, as in
+// FlashAttention (arXiv:2205.14135, arXiv:2307.08691): scores, an online softmax in float32, and
+// the weighted sum of the values stay in registers, 16 tokens to a warp. Tokens of several rows in
+// one tile are served row after row, each with its own keys. Tiles lie in shared memory in panels
+// of 64 elements (128 bytes) whose 16-byte pieces are permuted by the line's number, so that
+// reading them meets no bank twice; it is the 128-byte swizzle of wgmma. Compiled for sm_90a the
+// products are wgmma, the one with the values running beside the next softmax as in
+// FlashAttention-3 (arXiv:2407.08608); for others, mma m16n8k16.
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define SHARDWRIGHT_WGMMA 1
+#else
+#define SHARDWRIGHT_WGMMA 0
+#endif
+
+namespace shardwright {
+namespace prefill {
+
+constexpr float kLowest = -1e30f;  // finite, so that the difference of two of them is 0
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr int kTokens = 128, kThreads = 256;
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Returns when the kernels before are done, where this one was launched ahead of their end.
+__device__ __forceinline__ void wait_for_predecessors() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ unsigned pack(float low, float high) {
+  const half2 both = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const unsigned*>(&both);
+}
+
+// 16 bytes to shared memory, or as many zeros.
+__device__ __forceinline__ void copy_async(unsigned to, const half* from, bool real) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :: "r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void copies_issued() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+__device__ __forceinline__ void copies_done() {
+  asm volatile("cp.async.wait_group 0;" ::: "memory");
+#if SHARDWRIGHT_WGMMA
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Byte offset of 16-byte piece `piece` of line `line` in a tile of `lines` lines.
+__device__ __forceinline__ unsigned place(int line, int piece, int lines) {
+  return (piece / 8) * (lines * 128) + line * 128 + ((piece % 8) ^ (line % 8)) * 16;
+}
+
+#if SHARDWRIGHT_WGMMA
+#define SHARDWRIGHT_F8(i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+  "+f"(d[i + 6]), "+f"(d[i + 7])
+#define SHARDWRIGHT_F16(i) SHARDWRIGHT_F8(i), SHARDWRIGHT_F8(i + 8)
+
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
+}
+// Keeps the compiler from moving reads of registers that a wgmma writes above the wait for it.
+template <int N>
+__device__ __forceinline__ void pin(float* x) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+// A matrix in shared memory with the 128-byte swizzle: 8 lines apart are 1024 bytes, panels of 64
+// elements `panel` bytes.
+__device__ __forceinline__ uint64_t matrix_at(unsigned address, unsigned panel) {
+  return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)(panel >> 4) << 16 |
+         (uint64_t)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+__device__ __forceinline__ void wgmma_ss(Int<64>, float* d, uint64_t a, uint64_t b, int add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %34, 0;"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,"
+      "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+      "}, %32, %33, p, 1, 1, 0, 0; }"
+      : SHARDWRIGHT_F16(0), SHARDWRIGHT_F16(16)
+      : "l"(a), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void wgmma_ss(Int<128>, float* d, uint64_t a, uint64_t b, int add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %66, 0;"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,"
+      "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,"
+      "%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,"
+      "%62,%63"
+      "}, %64, %65, p, 1, 1, 0, 0; }"
+      : SHARDWRIGHT_F16(0), SHARDWRIGHT_F16(16), SHARDWRIGHT_F16(32), SHARDWRIGHT_F16(48)
+      : "l"(a), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void wgmma_rs(Int<16>, float* d, const unsigned* a, uint64_t b, int add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %13, 0;"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7"
+      "}, {%8,%9,%10,%11}, %12, p, 1, 1, 1; }"
+      : SHARDWRIGHT_F8(0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void wgmma_rs(Int<32>, float* d, const unsigned* a, uint64_t b, int add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %21, 0;"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+      "}, {%16,%17,%18,%19}, %20, p, 1, 1, 1; }"
+      : SHARDWRIGHT_F16(0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void wgmma_rs(Int<64>, float* d, const unsigned* a, uint64_t b, int add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %37, 0;"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,"
+      "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+      "}, {%32,%33,%34,%35}, %36, p, 1, 1, 1; }"
+      : SHARDWRIGHT_F16(0), SHARDWRIGHT_F16(16)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void wgmma_rs(Int<128>, float* d, const unsigned* a, uint64_t b, int add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %69, 0;"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,"
+      "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,"
+      "%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,"
+      "%62,%63"
+      "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1; }"
+      : SHARDWRIGHT_F16(0), SHARDWRIGHT_F16(16), SHARDWRIGHT_F16(32), SHARDWRIGHT_F16(48)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+#else
+__device__ __forceinline__ void mma_16n8k16(float* d, const unsigned* a, unsigned b0, unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void load_matrices(unsigned* r, unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
+}
+__device__ __forceinline__ void load_transposed(unsigned* r, unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
+}
+#endif
+
+// Sizes of an instance: `Keys` positions in a tile, and a window of positions, 0 for all.
+template <int Heads, int KvHeads, int HeadDim, int Page, int Keys, int Window, bool Capped>
+struct Sizes {
+  static constexpr int H = Heads, K = KvHeads, D = HeadDim, PAGE = Page, B = Keys,
+                       WINDOW = Window;
+  static constexpr bool CAPPED = Capped;
+  static constexpr int PANELS = (D + 63) / 64;
+  static constexpr int Q_BYTES = PANELS * kTokens * 128, TILE = PANELS * B * 128;
+  static constexpr int SHARED = 1024 + Q_BYTES + 4 * TILE;  // aligned, and two of keys and values
+};
+
+struct Args {
+  const half *q, *k_pages, *v_pages;
+  const int *page_table, *rows, *positions;
+  half* out;
+  int64_t layer;
+  int pages, tokens, max_pages;
+  float scale, softcap;
+};
+
+#if SHARDWRIGHT_WGMMA
+// sum [16 tokens of a warp, D] += weight [16, B] x values [B, D], without waiting for it.
+template <typename Z>
+__device__ __forceinline__ void add_values(float* sum, const unsigned* weight, unsigned values) {
+  constexpr int D = Z::D, PANEL = Z::B * 128;
+#pragma unroll
+  for (int s = 0; s < Z::B / 16; ++s) {
+    const unsigned* w = weight + 4 * s;
+    const unsigned lines = values + s * 16 * 128;
+#pragma unroll
+    for (int n = 0; n + 128 <= D; n += 128)
+      wgmma_rs(Int<128>(), sum + n / 2, w, matrix_at(lines + n / 64 * PANEL, PANEL), 1);
+    if constexpr (D % 128 >= 64)
+      wgmma_rs(Int<64>(), sum + D / 128 * 64, w, matrix_at(lines + D / 128 * 2 * PANEL, PANEL), 1);
+    const unsigned rest = lines + D / 64 * PANEL;  // 64, 32 and 16 of the last panel
+    if constexpr (D % 64 >= 32)
+      wgmma_rs(Int<32>(), sum + D / 64 * 32, w, matrix_at(rest, PANEL), 1);
+    if constexpr (D % 32 == 16)
+      wgmma_rs(Int<16>(), sum + D / 32 * 16, w, matrix_at(rest + D % 64 / 32 * 64, PANEL), 1);
+  }
+}
+#else
+template <typename Z>
+__device__ __forceinline__ void multiply_keys(float* score, unsigned q, unsigned keys, int warp,
+                                              int lane) {
+#pragma unroll
+  for (int i = 0; i < Z::B / 2; ++i) score[i] = 0.f;
+#pragma unroll
+  for (int s = 0; s < Z::D / 16; ++s) {
+    unsigned a[4];
+    load_matrices(a, q + place(warp * 16 + lane % 16, s * 2 + lane / 16, kTokens));
+#pragma unroll
+    for (int n = 0; n < Z::B / 16; ++n) {
+      unsigned b[4];
+      const int line = n * 16 + lane / 16 * 8 + lane % 8;
+      load_matrices(b, keys + place(line, s * 2 + lane / 8 % 2, Z::B));
+      mma_16n8k16(score + n * 8, a, b[0], b[1]);
+      mma_16n8k16(score + n * 8 + 4, a, b[2], b[3]);
+    }
+  }
+}
+
+template <typename Z>
+__device__ __forceinline__ void add_values(float* sum, const unsigned* weight, unsigned values,
+                                           int lane) {
+#pragma unroll
+  for (int s = 0; s < Z::B / 16; ++s)
+#pragma unroll
+    for (int n = 0; n < Z::D / 16; ++n) {
+      unsigned b[4];
+      load_transposed(b, values + place(s * 16 + lane % 16, n * 2 + lane / 16, Z::B));
+      mma_16n8k16(sum + n * 8, weight + 4 * s, b[0], b[1]);
+      mma_16n8k16(sum + n * 8 + 4, weight + 4 * s, b[2], b[3]);
+    }
+}
+#endif
+
+template <typename Z>
+__device__ __forceinline__ void attention(const Args& a, int tile, int head, int tid,
+                                          void* shared) {
+  constexpr int D = Z::D, B = Z::B, PIECES = D / 8;
+  __shared__ int row_of[kTokens], position_of[kTokens], limit_of[kTokens], first, top, bottom;
+  unsigned base = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  base = (base + 1023) / 1024 * 1024;
+  const unsigned q_at = base, k_at = base + Z::Q_BYTES, v_at = k_at + 2 * Z::TILE;
+  const int warp = tid / 32, lane = tid % 32, kv_head = head / (Z::H / Z::K);
+  const int line0 = warp * 16 + lane / 4;  // this thread's tokens: line0 and line0 + 8
+
+  wait_for_predecessors();
+  bool waiting = false;  // is this thread's token still to be served?
+  if (tid < kTokens) {
+    const int t = tile * kTokens + tid;
+    row_of[tid] = t < a.tokens ? a.rows[t] : 0;
+    position_of[tid] = t < a.tokens ? a.positions[t] : -1;
+    waiting = position_of[tid] >= 0;
+  }
+  for (int i = tid; i < kTokens * PIECES; i += kThreads) {
+    const int line = i / PIECES, t = tile * kTokens + line;
+    const half* from = a.q + ((int64_t)min(t, a.tokens - 1) * Z::H + head) * D + i % PIECES * 8;
+    copy_async(q_at + place(line, i % PIECES, kTokens), from, t < a.tokens);
+  }
+
+  float sum[D / 2], high[2] = {kLowest, kLowest}, mass[2] = {0.f, 0.f};
+#pragma unroll
+  for (int i = 0; i < D / 2; ++i) sum[i] = 0.f;
+
+  while (true) {
+    // The tokens of the row of the first one that waits.
+    if (tid == 0) first = kTokens, top = -1, bottom = 0x7fffffff;
+    __syncthreads();
+    if (waiting) atomicMin(&first, tid);
+    __syncthreads();
+    if (first == kTokens) break;
+    const int row = row_of[first];
+    if (tid < kTokens) {
+      const bool served = waiting && row_of[tid] == row;
+      limit_of[tid] = served ? position_of[tid] : -1;
+      if (served) {
+        atomicMax(&top, position_of[tid]);
+        atomicMin(&bottom, position_of[tid]);
+        waiting = false;
+      }
+    }
+    __syncthreads();
+    const int end = top + 1, lowest = Z::WINDOW > 0 ? max(0, bottom + 1 - Z::WINDOW) / B * B : 0;
+    const int limits[2] = {limit_of[line0], limit_of[line0 + 8]};
+    const int* const pages = a.page_table + (int64_t)row * a.max_pages;
+    const int64_t layer_at = a.layer * a.pages;
+
+    auto load = [&](unsigned to, const half* cache, int begin) {
+#pragma unroll
+      for (int i = tid; i < B * PIECES; i += kThreads) {
+        const int line = i / PIECES, piece = i % PIECES, p = min(begin + line, end - 1);
+        const int64_t page = layer_at + pages[p / Z::PAGE];
+        const half* from =
+            cache + ((page * Z::K + kv_head) * Z::PAGE + p % Z::PAGE) * D + piece * 8;
+        copy_async(to + place(line, piece, B), from, begin + line < end);
+      }
+    };
+    // From a tile's scores to its weights; `rescale` is what older sums are to be multiplied by.
+    auto softmax = [&](float* score, int begin, float* rescale) {
+      if (Z::CAPPED) {
+#pragma unroll
+        for (int i = 0; i < B / 2; ++i)
+          score[i] = tanhf(score[i] * a.scale / a.softcap) * a.softcap * kLog2e;
+      }
+      const float scale = Z::CAPPED ? 1.f : a.scale * kLog2e;
+      bool some = begin + B > min(limits[0], limits[1]) + 1;
+      if (Z::WINDOW > 0) some |= begin <= max(limits[0], limits[1]) - Z::WINDOW;
+      if (some) {
+#pragma unroll
+        for (int i = 0; i < B / 2; ++i) {
+          const int p = begin + i / 4 * 8 + lane % 4 * 2 + i % 2, limit = limits[i / 2 % 2];
+          if (p > limit || (Z::WINDOW > 0 && p <= limit - Z::WINDOW)) score[i] = -INFINITY;
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float most = score[2 * r];
+#pragma unroll
+        for (int i = 0; i < B / 4; ++i) most = fmaxf(most, score[i / 2 * 4 + 2 * r + i % 2]);
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+        most = fmaxf(most * scale, high[r]);
+        rescale[r] = exp2_fast(high[r] - most);
+        high[r] = most;
+        float total = 0.f;
+#pragma unroll
+        for (int i = 0; i < B / 4; ++i) {
+          float& x = score[i / 2 * 4 + 2 * r + i % 2];
+          x = exp2_fast(fmaf(x, scale, -most));
+          total += x;
+        }
+        mass[r] = mass[r] * rescale[r] + total;
+      }
+    };
+    auto rescale_sum = [&](const float* rescale) {
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) sum[i] *= rescale[i / 2 % 2];
+    };
+    const int tiles = (end - lowest + B - 1) / B;
+    load(k_at, a.k_pages, lowest);
+    copies_issued();
+    unsigned weight[B / 4];
+    auto weigh = [&](const float* score) {
+#pragma unroll
+      for (int i = 0; i < B / 4; ++i) weight[i] = pack(score[2 * i], score[2 * i + 1]);
+    };
+    // Weights as the first operand of m16k16: words 4 * step .. + 3 hold 16 positions.
+
+    for (int j = 0; j < tiles; ++j) {
+      copies_done();
+      __syncthreads();
+      // The tiles of keys j - 1 and of values j - 2 have been used by all.
+      load(v_at + j % 2 * Z::TILE, a.v_pages, lowest + j * B);
+      if (j + 1 < tiles) load(k_at + (j + 1) % 2 * Z::TILE, a.k_pages, lowest + (j + 1) * B);
+      copies_issued();
+      float score[B / 2], rescale[2];
+      const unsigned keys = k_at + j % 2 * Z::TILE;
+      const unsigned values = v_at + (j + 1) % 2 * Z::TILE;  // of tile j - 1
+#if SHARDWRIGHT_WGMMA
+      const unsigned q_lines = q_at + warp / 4 * 64 * 128;
+      wgmma_fence();
+#pragma unroll
+      for (int s = 0; s < D / 16; ++s)
+        wgmma_ss(Int<B>(), score, matrix_at(q_lines + s / 4 * (kTokens * 128) + s % 4 * 32, 16),
+                 matrix_at(keys + s / 4 * (B * 128) + s % 4 * 32, 16), s > 0);
+      wgmma_commit();
+      if (j > 0) {
+        wgmma_fence();
+        add_values<Z>(sum, weight, values);
+        wgmma_commit();
+        wgmma_wait<1>();
+      } else {
+        wgmma_wait<0>();
+      }
+      pin<B / 2>(score);
+      softmax(score, lowest + j * B, rescale);
+      wgmma_wait<0>();
+      pin<D / 2>(sum);
+#else
+      if (j > 0) add_values<Z>(sum, weight, values, lane);
+      multiply_keys<Z>(score, q_at, keys, warp, lane);
+      softmax(score, lowest + j * B, rescale);
+#endif
+      rescale_sum(rescale);
+      weigh(score);
+    }
+    copies_done();
+    __syncthreads();
+    const unsigned values = v_at + (tiles + 1) % 2 * Z::TILE;
+#if SHARDWRIGHT_WGMMA
+    wgmma_fence();
+    add_values<Z>(sum, weight, values);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin<D / 2>(sum);
+#else
+    add_values<Z>(sum, weight, values, lane);
+#endif
+    __syncthreads();
+  }
+  copies_done();
+
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    mass[r] += __shfl_xor_sync(~0u, mass[r], 1);
+    mass[r] += __shfl_xor_sync(~0u, mass[r], 2);
+    const float inverse = mass[r] > 0.f ? 1.f / mass[r] : 0.f;
+    const int t = tile * kTokens + line0 + 8 * r;
+    if (t >= a.tokens) continue;
+    half* const out = a.out + ((int64_t)t * Z::H + head) * D + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i)
+      *reinterpret_cast<half2*>(out + i * 8) =
+          __floats2half2_rn(sum[i * 4 + 2 * r] * inverse, sum[i * 4 + 2 * r + 1] * inverse);
+  }
+}
+
+template <typename Z>
+__device__ __forceinline__ void attention(
+    const half* q, const half* k_pages, const half* v_pages, const int* page_table,
+    const int* rows, const int* positions, half* out, int64_t layer, int pages, int tokens,
+    int max_pages, float scale, float softcap, int tile, int head, int tid, void* shared) {
+  attention<Z>({q, k_pages, v_pages, page_table, rows, positions, out, layer, pages, tokens,
+                max_pages, scale, softcap},
+               tile, head, tid, shared);
+}
+
+}  // namespace prefill
+}  // namespace shardwright
+#endif
