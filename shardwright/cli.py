@@ -290,10 +290,19 @@ def _converse(module: Any) -> None:
 @click.option("--latency", default=6.0, show_default=True, help="Of a small all-reduce, in us.")
 @click.option("--context", default=256, show_default=True, help="Tokens a row, for the speed.")
 def plan(
-    model: str, num_shards: str, gpu_memory: str, max_seq_len: int | None, batch: str,
-    quantization: str, arch: str, prefill_chunk_size: int, bandwidth: str | None, link: str, latency: float,
+    model: str,
+    num_shards: str,
+    gpu_memory: str,
+    max_seq_len: int | None,
+    batch: str,
+    quantization: str,
+    arch: str,
+    prefill_chunk_size: int,
+    bandwidth: str | None,
+    link: str,
+    latency: float,
     context: int,
-) -> None:  # fmt: skip
+) -> None:
     """Show what a model takes on 1, 2, 4 ... GPUs, what fits, and how fast it will decode.
 
     MODEL is a checkpoint as `build` takes it; no weights are read or fetched.
