@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import gcd
@@ -34,7 +34,7 @@ from shardwright.compiler.workspace import PlanWorkspace
 from shardwright.errors import ConfigError, UsageError
 from shardwright.model_defs import family_of
 from shardwright.model_defs.layers import Stored
-from shardwright.runtime import artifact
+from shardwright.runtime import artifact, memory
 
 MAX_RANKS = 16
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -69,7 +69,7 @@ class BuildOptions:
     `max_seq_len` and `prefill_chunk_size` are in tokens, `max_batch_size` in rows. Left out, they
     are the model's length up to 4096, and 256 (CPU) or 2048 (GPU). `disable_pass` names fusions
     to leave out, which helps to find what changed a result. `rocm_abi` is the version of AMD code
-    objects, 5 or 6.
+    objects, 5 or 6. With `gpu_memory`, bytes of one GPU, what will not fit is not built.
     """
 
     model: str
@@ -88,6 +88,7 @@ class BuildOptions:
     explain: bool = False
     dump_ir: Path | None = None
     disable_pass: tuple[str, ...] = ()
+    gpu_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,16 +142,6 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
     peer = None
     if options.target == "cuda" and PEER_PASS not in options.disable_pass:
         peer = peer_state(program.mod, options.num_shards)
-    with progress.step("Compile"):
-        library = options.out / "model.so"
-        compiled = compile_program(
-            program, targets, limits, library, peer, options.dump_ir, options.disable_pass
-        )
-    files = {"model.so": artifact.file_entry(library)}
-    if with_weights:
-        files |= _write_weights(checkpoint, program, config, options, progress)
-    files |= _copy_tokenizer(checkpoint, options.out)
-
     state = {
         name: artifact.TensorSpec(name, local_shape(s.shape, program.placements[name]), s.dtype)
         for name, s in program.traced.state.items()
@@ -158,6 +149,19 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
     state["rank"] = artifact.TensorSpec("rank", (1,), "int32")
     for name, (shape, dtype) in (peer.tensors if peer else {}).items():
         state[name] = artifact.TensorSpec(name, shape, dtype)
+    weights = tuple(_weight_specs(program.weights.values()))
+    _check_memory(options, weights, state.values(), workspace=0)
+    with progress.step("Compile"):
+        library = options.out / "model.so"
+        compiled = compile_program(
+            program, targets, limits, library, peer, options.dump_ir, options.disable_pass
+        )
+    _check_memory(options, weights, state.values(), compiled.workspace_bytes)
+    files = {"model.so": artifact.file_entry(library)}
+    if with_weights:
+        files |= _write_weights(checkpoint, program, config, options, progress)
+    files |= _copy_tokenizer(checkpoint, options.out)
+
     manifest = artifact.Manifest(
         version=__version__,
         name=options.out.resolve().name,
@@ -186,7 +190,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
         workspace_bytes=compiled.workspace_bytes,
         state=tuple(state.values()),
         functions=compiled.functions,
-        weights=tuple(_weight_specs(program.weights.values())),
+        weights=weights,
         has_weights=with_weights or options.dummy_weights,
         dummy_weights=options.dummy_weights,
         files=files,
@@ -366,6 +370,14 @@ def _lower(
     return mod, workspace.bytes, functions, libraries
 
 
+def plan_workspace(
+    program: Program, target: tvm.target.Target, limits: Limits, peer: PeerState | None
+) -> int:
+    """Bytes of the workspace that a build of `program` for `target` would have."""
+    with target, without_source_context():
+        return _lower(program, target, limits, peer, None, frozenset())[1]
+
+
 def _calls(mod: tvm.IRModule, name: str) -> bool:
     """Whether a function of `mod` calls an operation or packed function."""
     return any(
@@ -388,6 +400,19 @@ def _weight_specs(weights: Any) -> Iterator[artifact.WeightSpec]:
         placement = " + ".join(dict.fromkeys(str(s.placement) for s in weight.sources))
         for name, shape, dtype in weight.tensors():
             yield artifact.WeightSpec(name, shape, dtype, placement)
+
+
+def _check_memory(
+    options: BuildOptions,
+    weights: Iterable[artifact.WeightSpec],
+    state: Iterable[artifact.TensorSpec],
+    workspace: int,
+) -> None:
+    """Raise DeviceError if the model will not fit on GPUs of `options.gpu_memory`."""
+    if options.gpu_memory is not None and options.target != "cpu":
+        need = memory.needed(options.target, options.num_shards, weights, state, workspace)
+        free = options.gpu_memory - memory.CONTEXT
+        memory.check_fits(options.out.name, need, free, "--gpu-memory leaves")
 
 
 def _prepare(out: Path) -> None:

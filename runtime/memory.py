@@ -15,6 +15,9 @@ CACHE = ("k_pages", "v_pages", "page_table")
 GRANULE = 2 << 20
 """CUDA gives out memory in pieces of this many bytes, except for small tensors, which share one."""
 
+CONTEXT = 600 << 20
+"""What the driver and a process's context take of a GPU before anything is allocated (H200)."""
+
 _SMALL = 1 << 20
 _BITS = {"bool": 8, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8}
 
@@ -72,22 +75,34 @@ _COLLECTIVES = 512 << 20
 
 def of_manifest(manifest: Manifest) -> RankMemory:
     """What each rank of an artefact takes."""
-    kind = manifest.target.kind
+    kind, ranks = manifest.target.kind, manifest.mesh.size
     limits = manifest.limits
-    inputs = [4 * limits.prefill_chunk_size] * 4 + [4 * limits.max_batch_size]
-    cache = [tensor_bytes(t) for t in manifest.state if t.name in CACHE]
-    state = [tensor_bytes(t) for t in manifest.state if t.name not in CACHE]
+    inputs = [TensorSpec("input", (limits.prefill_chunk_size,), "int32")] * 4
+    inputs.append(TensorSpec("last", (limits.max_batch_size,), "int32"))
+    state = [*manifest.state, *inputs]
+    return needed(kind, ranks, manifest.weights, state, manifest.workspace_bytes)
+
+
+def needed(
+    kind: str,
+    ranks: int,
+    weights: Iterable[WeightSpec],
+    state: Iterable[TensorSpec],
+    workspace: int,
+) -> RankMemory:
+    """What each rank takes that holds these tensors on a device of `kind`."""
+    found = [(tensor.name in CACHE, tensor_bytes(tensor)) for tensor in state]
     return RankMemory(
-        weights=on_device(map(tensor_bytes, manifest.weights), kind),
-        cache=on_device(cache, kind),
-        workspace=on_device([manifest.workspace_bytes], kind),
-        state=on_device([*state, *inputs], kind),
-        reserved=reserved_bytes(kind, manifest.mesh.size),
+        weights=on_device(map(tensor_bytes, weights), kind),
+        cache=on_device((size for in_cache, size in found if in_cache), kind),
+        workspace=on_device([workspace], kind),
+        state=on_device((size for in_cache, size in found if not in_cache), kind),
+        reserved=reserved_bytes(kind, ranks),
     )
 
 
-def check_fits(name: str, rank: int, need: RankMemory, free: int) -> None:
-    """Raise DeviceError, naming the mend, if a rank needs more than is free on its device."""
+def check_fits(name: str, need: RankMemory, free: int, where: str) -> None:
+    """Raise DeviceError, naming the mend, if a rank needs more than is free; `where` says where."""
     if need.total <= free:
         return
     parts = {
@@ -97,10 +112,10 @@ def check_fits(name: str, rank: int, need: RankMemory, free: int) -> None:
     }
     largest = max(parts, key=lambda part: int(getattr(need, part)))
     raise DeviceError(
-        f"rank {rank}: {name} needs {gib(need.total)} of GPU memory (weights {gib(need.weights)}, "
+        f"{name} needs {gib(need.total)} of memory on each GPU (weights {gib(need.weights)}, "
         f"cache {gib(need.cache)}, workspace {gib(need.workspace)}, the rest "
-        f"{gib(need.state + need.reserved)}) and {gib(free)} are free; end other programs on the "
-        f"GPU, or build it with {parts[largest]}; `shardwright plan` shows what fits"
+        f"{gib(need.state + need.reserved)}) and {where} {gib(free)}; build it with "
+        f"{parts[largest]}, `shardwright plan` shows what fits"
     )
 
 

@@ -124,7 +124,8 @@ class Worker:
         free = self._device.free_memory()
         need = of_manifest(manifest)
         if free is not None:
-            check_fits(manifest.name, self.rank, need, free)
+            where = f"GPU {self.rank} has, beside what other programs hold,"
+            check_fits(manifest.name, need, free, where)
         with self._device.scope():
             if segment is not None:
                 self._collectives = HostCollectives(Path(segment), self.rank, world)

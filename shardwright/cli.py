@@ -1,4 +1,4 @@
-"""The `shardwright` command: build, chat, inspect.
+"""The `shardwright` command: build, plan, chat, inspect.
 
 Only this module knows click. The library raises its own errors; they become one line on standard
 error and their exit code here.
@@ -21,10 +21,18 @@ from typing import Any, NoReturn
 
 import click
 
-from shardwright import __version__
-from shardwright.console import TerminalProgress, print_manifest, rank_memory, size, verify_files
+from shardwright import __version__, planning
+from shardwright.console import (
+    TerminalProgress,
+    print_manifest,
+    rank_memory,
+    show,
+    size,
+    verify_files,
+)
 from shardwright.errors import InputError, ShardwrightError, UsageError
 from shardwright.runtime.artifact import load_manifest
+from shardwright.runtime.memory import of_manifest
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -153,12 +161,15 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 @click.option("--use-cuda-graph", is_flag=True, help="Decode by one CUDA graph per step.")
 @click.option("--build-model-only", is_flag=True, help="Write the library and no weights.")
 @click.option("--dummy-weights", is_flag=True, help="No weights; each rank makes random ones.")
+@click.option("--gpu-memory", metavar="SIZE", help="Refuse what GPUs of this size cannot hold.")
 @click.option("--explain", is_flag=True, help="Print placements, collectives, bytes per step.")
 @click.option("--dump-ir", type=_DIRECTORY, help="Write the module after each pass there.")
 @click.option("--disable-pass", multiple=True, metavar="NAME", help="Leave out a fusion.")
-def build(output: Path, arch: tuple[str, ...], **options: Any) -> None:
+def build(output: Path, arch: tuple[str, ...], gpu_memory: str | None, **options: Any) -> None:
     """Compile a Hugging Face checkpoint into a directory that `chat` runs."""
     began = time.monotonic()
+    if gpu_memory:
+        options["gpu_memory"] = planning.parse_amount(gpu_memory, "--gpu-memory")
     with TerminalProgress() as progress, _interruptible():
         # The compiler takes seconds to load, and only this command may load it.
         from shardwright.compiler.build import BuildOptions
@@ -169,9 +180,11 @@ def build(output: Path, arch: tuple[str, ...], **options: Any) -> None:
         click.echo(result.explanation.rstrip("\n"))
     manifest = load_manifest(result.path)
     weights = size(rank_memory(manifest)["weights"])
+    total = size(of_manifest(manifest).total)
     click.echo(
         f"{result.path}: {manifest.model.architecture}, {manifest.quantization}, "
         f"{manifest.mesh.size} x {manifest.target.kind}, {weights} of weights a rank, "
+        f"{total} of memory, "
         f"built in {time.monotonic() - began:.1f} s"
     )
 
@@ -255,6 +268,69 @@ def _converse(module: Any) -> None:
             except InputError as error:
                 # The conversation goes on: a shorter prompt, or /reset, mends it.
                 _print_error(error)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--num-shards", default="1,2,4,8", show_default=True, help="Numbers of GPUs.")
+@click.option("--gpu-memory", required=True, metavar="SIZE", help="Of one GPU, such as 24GiB.")
+@click.option("--max-seq-len", type=_COUNT, help="Tokens a row. [default: the model's, to 4096]")
+@click.option("--batch", default="1,16,64", show_default=True, help="Numbers of rows.")
+@click.option(
+    "--quantization",
+    default="q4f16_1",
+    show_default=True,
+    callback=_quantization,
+    help=f"One of {', '.join(QUANTIZATIONS)}.",
+)
+@click.option("--arch", default="sm_80", show_default=True, help="GPU to compile for.")
+@click.option("--prefill-chunk-size", default=2048, show_default=True, type=_COUNT)
+@click.option("--bandwidth", metavar="RATE", help="Of a GPU's memory, such as 3.35TB/s.")
+@click.option("--link", default="25GB/s", show_default=True, help="Between GPUs, each way.")
+@click.option("--latency", default=6.0, show_default=True, help="Of a small all-reduce, in us.")
+@click.option("--context", default=256, show_default=True, help="Tokens a row, for the speed.")
+def plan(
+    model: str,
+    num_shards: str,
+    gpu_memory: str,
+    max_seq_len: int | None,
+    batch: str,
+    quantization: str,
+    arch: str,
+    prefill_chunk_size: int,
+    bandwidth: str | None,
+    link: str,
+    latency: float,
+    context: int,
+) -> None:
+    """Show what a model takes on 1, 2, 4 ... GPUs, what fits, and how fast it will decode.
+
+    MODEL is a checkpoint as `build` takes it; no weights are read or fetched.
+    """
+    ranks = planning.parse_counts(num_shards, "--num-shards")
+    batches = planning.parse_counts(batch, "--batch")
+    memory = planning.parse_amount(gpu_memory, "--gpu-memory")
+    rate = planning.parse_amount(bandwidth, "--bandwidth") if bandwidth else None
+    with TerminalProgress() as progress, _interruptible():
+        from shardwright.compiler import plan as planner
+        from shardwright.compiler.build import BuildOptions
+
+        machine = planner.Machine(
+            memory, rate, planning.parse_amount(link, "--link"), latency / 1e6
+        )
+        options = BuildOptions(
+            model=model,
+            out=Path(),
+            quantization=quantization,
+            target="cuda",
+            archs=(arch,),
+            max_seq_len=max_seq_len,
+            max_batch_size=max(batches),
+            prefill_chunk_size=prefill_chunk_size,
+        )
+        found, length = planner.estimates(options, ranks, progress)
+        notes = planner.advice(found, machine, batches, length, context)
+    planning.show(found, machine, batches, length, context, notes, show)
 
 
 @cli.command()

@@ -23,6 +23,9 @@ from rich.table import Table
 from shardwright.runtime.artifact import Manifest, verify_file
 from shardwright.runtime.memory import CACHE, tensor_bytes
 
+_TEXT = ("name", "use", "sha256", "local shape", "dtype", "placement")
+"""Columns that are no numbers."""
+
 
 class TerminalProgress:
     """Progress bars on standard error, and nothing at all if that is not a terminal."""
@@ -100,24 +103,29 @@ def rank_memory(manifest: Manifest) -> dict[str, int]:
 
 def print_manifest(manifest: Manifest, tensors: bool = False) -> None:
     """Print what an artefact is and what it needs; with `tensors`, every weight too."""
-    # A pipe has no width to fit: nothing may be cut off there.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
     tables = [_summary(manifest), _memory(manifest)]
-    tables.append(_table("Functions", "name", "arguments"))
+    tables.append(table("Functions", "name", "arguments"))
     for name, function in manifest.functions.items():
         tables[-1].add_row(name, str(len(function.args)))
-    tables.append(_table("Files", "name", "bytes", "", "sha256"))
+    tables.append(table("Files", "name", "bytes", "", "sha256"))
     for name, entry in manifest.files.items():
         tables[-1].add_row(name, str(entry.bytes), size(entry.bytes), entry.sha256[:16])
     if tensors:
-        tables.append(_table("Tensors of each rank", "name", "local shape", "dtype", "placement"))
+        tables.append(table("Tensors of each rank", "name", "local shape", "dtype", "placement"))
         for weight in manifest.weights:
             shape = str(list(weight.shape))
             tables[-1].add_row(weight.name, shape, weight.dtype, weight.placement)
+    for part in tables[:-1]:
+        show(part)
+        print()
+    show(tables[-1])
+
+
+def show(part: Table | str) -> None:
+    """Print a table or a line; nothing is cut off where there is no terminal with a width."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
     with console.capture() as shown:
-        for table in tables:
-            console.print(table)
-            console.print()
+        console.print(part)
     # rich fills every line up to the table's width.
     print("\n".join(line.rstrip() for line in shown.get().rstrip().splitlines()))
 
@@ -160,10 +168,10 @@ def _summary(manifest: Manifest) -> Table:
 
 def _memory(manifest: Manifest) -> Table:
     memory = rank_memory(manifest)
-    table = _table("Memory of each rank", "use", "bytes", "")
+    found = table("Memory of each rank", "use", "bytes", "")
     for use, count in [*memory.items(), ("total", sum(memory.values()))]:
-        table.add_row(use, str(count), size(count))
-    return table
+        found.add_row(use, str(count), size(count))
+    return found
 
 
 def _weights(manifest: Manifest) -> str:
@@ -172,11 +180,12 @@ def _weights(manifest: Manifest) -> str:
     return "in shards" if manifest.has_weights else "none (--build-model-only)"
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
+def table(title: str, *columns: str) -> Table:
+    """A plain table; columns of numbers are set to the right."""
+    found = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
     )
     for column in columns:
-        numeric = column in ("bytes", "arguments", "")
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    return table
+        numeric = column not in _TEXT
+        found.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    return found

@@ -1,0 +1,114 @@
+"""The plan against what a build makes, and what it says."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import tvm
+
+from shardwright import cli, planning
+from shardwright.compiler import plan
+from shardwright.compiler.build import BuildOptions, build
+from shardwright.compiler.quantization import quantization
+from shardwright.compiler.trace import Limits
+from shardwright.errors import DeviceError, UsageError
+from shardwright.model_defs import family_of
+from shardwright.runtime.artifact import load_manifest
+from shardwright.runtime.memory import of_manifest
+
+DEMO = Path(__file__).parent.parent / "demo/model"
+LLVM = tvm.target.Target("llvm")
+
+
+def estimate(ranks: int, scheme: str, limits: Limits) -> plan.Estimate:
+    config = json.loads((DEMO / "config.json").read_text())
+    _, family = family_of(config)
+    return plan.estimate(
+        family, family.config.from_hf(config), quantization(scheme), ranks, LLVM, limits
+    )
+
+
+@pytest.mark.parametrize(("ranks", "scheme"), [(1, "q4f16_1"), (3, "q0f16")])
+def test_a_plan_is_what_a_build_takes(tmp_path, ranks, scheme):
+    sizes = {"max_seq_len": 100, "max_batch_size": 3, "prefill_chunk_size": 48}
+    options = {"quantization": scheme, "num_shards": ranks, "dummy_weights": True}
+    build(BuildOptions(str(DEMO), tmp_path, **options, **sizes))
+    built = of_manifest(load_manifest(tmp_path))
+    assert estimate(ranks, scheme, Limits(100, 3, 48, 16)).memory(3, 100) == built
+
+
+def small(**changes) -> plan.Estimate:
+    found = plan.Estimate(
+        ranks=2,
+        kind="cuda",
+        layers=10,
+        weights=1 << 30,
+        read=900 << 20,
+        workspace=0,
+        state=(),
+        fixed=0,
+        collectives=(("all-reduce", 1000), ("all-gather", 4000)),
+    )
+    return dataclasses.replace(found, **changes)
+
+
+def test_seconds_are_reading_layers_and_collectives():
+    machine = plan.Machine(24 << 30, 1e12, link=1e9, latency=1e-5)
+    reading = (900 << 20) / 0.9e12 + 10 * plan.LAYER_SECONDS
+    assert small(ranks=1, collectives=()).seconds(machine, 1, 7) == pytest.approx(reading)
+    # Two ranks: of an all-reduce each sends all of it, of an all-gather half.
+    sent = 4 * (1000 + 2000) / 1e9 + 2e-5
+    assert small().seconds(machine, 4, 7) == pytest.approx(reading + sent)
+
+
+def test_replicas_where_links_are_slow():
+    one = small(ranks=1, collectives=(), read=1800 << 20, weights=2 << 30)
+    slow = plan.Machine(24 << 30, 1e12, link=1e6, latency=1e-3)
+    fast = plan.Machine(24 << 30, 1e12, link=1e12, latency=1e-6)
+    lines = plan.advice([one, small()], slow, [1, 8], 100, 100)
+    assert len(lines) == 2 and "2 shards are no faster than 1" in lines[0]
+    assert "two replicas of 1 GPUs, 4 rows each" in lines[1]
+    assert plan.advice([one, small()], fast, [1, 8], 100, 100) == []
+    # Half the GPUs that cannot hold the model are no replica.
+    huge = dataclasses.replace(one, weights=30 << 30)
+    assert plan.advice([huge, small()], slow, [1, 8], 100, 100) == []
+
+
+def test_amounts_and_counts():
+    amount = planning.parse_amount
+    assert amount("24GiB", "--x") == 24 << 30 and amount("1.5 TB/s", "--x") == 1_500_000_000_000
+    assert amount("80gb", "--x") == 80_000_000_000 and amount("123", "--x") == 123
+    assert planning.parse_counts("8, 1,2", "--x") == [1, 2, 8]
+    for text in ("", "24 apples", "-3GiB"):
+        with pytest.raises(UsageError, match="--x"):
+            amount(text, "--x")
+    for text in ("", "1,,2", "0", "two"):
+        with pytest.raises(UsageError, match="--x"):
+            planning.parse_counts(text, "--x")
+
+
+def test_the_command(capsys):
+    options = ["--gpu-memory", "700MiB", "--num-shards", "1,2", "--batch", "1,64"]
+    options += ["--max-seq-len", "512", "--bandwidth", "1GB/s", "--context", "64"]
+    assert cli.run(["plan", str(DEMO), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines]
+    assert [row[:2] for row in rows if row[-1:] == ["MEMORY"]] == [["2", "1"], ["2", "64"]]
+    fitting = [row for row in rows if "fits" in row]
+    assert [row[:2] for row in fitting] == [["1", "1"], ["1", "64"]]
+    assert 0 < float(fitting[0][-1]) < float(fitting[1][-1])
+    assert cli.run(["plan", str(DEMO), "--gpu-memory", "1GiB", "--num-shards", "17"]) == 2
+    assert "at most 16" in capsys.readouterr().err
+
+
+def test_a_build_refuses_what_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "shardwright.compiler.build.targets_of", lambda options: (tvm.target.Target("llvm"),)
+    )
+    options = BuildOptions(
+        str(DEMO), tmp_path, target="cuda", archs=("sm_80",), gpu_memory=601 << 20
+    )
+    with pytest.raises(DeviceError, match=r"--gpu-memory leaves 0\.00 GiB; build it with"):
+        build(options)
+    assert not (tmp_path / "model.so").exists()
