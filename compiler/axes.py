@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from shardwright.compiler.placement import (
@@ -27,7 +27,7 @@ AXIS_RULES: dict[str, str | None] = {
 """Logical axis of a parameter's dimension -> mesh axis, None for not sharded."""
 
 BLOCK = 32
-"""Elements in a block of an axis without inner structure: a quantization group, never cut."""
+"""Elements in a block of an axis without inner structure: a wide read of a kernel, never cut."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,14 @@ class HeadCounts(Protocol):
 
 @dataclass(frozen=True)
 class AxisRules:
-    """Cuts the dimensions of one model on one mesh."""
+    """Cuts the dimensions of one model on one mesh.
+
+    `units` gives, for an axis without inner structure, elements that must stay together.
+    """
 
     mesh: DeviceMesh
     config: HeadCounts
+    units: Mapping[str, int] = field(default_factory=dict)
 
     def placement(self, shape: Sequence[int], axes: Sequence[str | None]) -> Placement:
         """Placement of a tensor of global `shape` whose dimensions carry the names `axes`.
@@ -88,4 +92,5 @@ class AxisRules:
             return size // heads, head_tables(heads, kv_heads, ranks)[0]
         if axis == "kv_heads":
             return size // kv_heads, head_tables(heads, kv_heads, ranks)[1]
-        return BLOCK, even_table(-(-size // BLOCK), ranks)
+        unit = max(BLOCK, self.units.get(axis, 0))
+        return unit, even_table(-(-size // unit), ranks)

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from math import gcd
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +14,9 @@ from tvm import relax
 
 from shardwright import __version__
 from shardwright.compiler import cuda, linear, pipeline, rocm
-from shardwright.compiler.axes import BLOCK, AxisRules, DeviceMesh
+from shardwright.compiler.axes import AxisRules, DeviceMesh
 from shardwright.compiler.checkpoint import Checkpoint
+from shardwright.compiler.columns import Quantized
 from shardwright.compiler.explain import explain
 from shardwright.compiler.fuse import FUSIONS
 from shardwright.compiler.lower import CUBLAS_PASS, MATMUL, Q4_GEMM_PASS, lower_abstract
@@ -31,7 +31,7 @@ from shardwright.compiler.trace import Limits, Traced, trace
 from shardwright.compiler.verify import verify
 from shardwright.compiler.weights import Source, Weight, ignore_buffers, write_shards
 from shardwright.compiler.workspace import PlanWorkspace
-from shardwright.errors import ConfigError, UsageError
+from shardwright.errors import UsageError
 from shardwright.model_defs import family_of
 from shardwright.model_defs.layers import Stored
 from shardwright.runtime import artifact, memory
@@ -40,6 +40,8 @@ MAX_RANKS = 16
 DEFAULT_MAX_SEQ_LEN = 4096
 DEFAULT_CHUNK = {"cpu": 256, "cuda": 2048, "rocm": 2048}
 PAGE_SIZE = 16
+MAX_UNIT = 256
+"""A quantization group up to this size is not cut, at the price of padding."""
 PASSES = (*FUSIONS, PEER_PASS, pipeline.DEPENDENT_LAUNCH, CUBLAS_PASS, Q4_GEMM_PASS)
 """What `--disable-pass` takes."""
 
@@ -251,8 +253,12 @@ def partition_program(
     traced = trace(model, scheme.dtype, limits)
     pipeline.dump(traced.mod, dump_ir, "0-traced")
     mesh = DeviceMesh(("tp",), (ranks,))
-    rules = AxisRules(mesh, model.config)
     shapes = {p.name: shape_of(p) for p in traced.mod["prefill"].params}
+    quantized = {
+        name: scheme.quantized(name, shapes[name], axes, model.config)
+        for name, axes in traced.param_axes.items()
+    }
+    rules = AxisRules(mesh, model.config, _units(traced.param_axes, shapes, quantized))
     placements = {n: rules.placement(shapes[n], axes) for n, axes in traced.param_axes.items()}
     placements |= {s.name: rules.placement(s.shape, s.axes) for s in traced.state.values()}
     # A prefill's tokens are the chunk's, and share names with per-row state; none is sharded.
@@ -262,50 +268,51 @@ def partition_program(
 
     dtypes = {p.name: str(p.ty.dtype) for p in traced.mod["prefill"].params}
     table = {
-        n: Weight(n, (_source(n, shapes[n], placements[n], traced.stored.get(n)),), dtypes[n])
+        n: Weight(
+            n,
+            (_source(n, shapes[n], placements[n], traced.stored.get(n), quantized[n]),),
+            dtypes[n],
+        )
         for n in traced.param_axes
     }
     weights = linear.Weights(table)
     mod = linear.name_linears(partitioned.mod)
     mod = linear.join_linears(mod, weights)
-    if scheme.bits == 4:
-        groups = {
-            name: _group(name, axes, scheme.group, model.config)
-            for name, axes in traced.param_axes.items()
-            if len(axes) == 2
-        }
-        mod = linear.quantize(mod, weights, groups)
+    mod = linear.quantize(mod, weights)
     pipeline.dump(mod, dump_ir, "2-linear")
     return Program(traced, partitioned, mod, weights.table, placements, mesh)
 
 
 def _source(
-    name: str, shape: tuple[int, ...], placement: Placement, stored: Stored | None
+    name: str,
+    shape: tuple[int, ...],
+    placement: Placement,
+    stored: Stored | None,
+    quantized: Quantized | None,
 ) -> Source:
     """The tensor of the checkpoint that parameter `name` is."""
     if stored is None or stored.path is None:
-        return Source(name, shape, placement, plus=stored.plus if stored else 0.0)
+        return Source(name, shape, placement, quantized, plus=stored.plus if stored else 0.0)
     module = name.split(".")[:-1]
     path = stored.path
     while path.startswith("../"):
         module, path = module[:-1], path[3:]
     whole = ".".join([*module, path])
-    return Source(name, shape, placement, stored.plus, joined=whole, first=stored.first)
+    return Source(name, shape, placement, quantized, stored.plus, whole, stored.first)
 
 
-def _group(name: str, axes: tuple[str, ...], group: int, config: Any) -> int:
-    """Elements of a row that share a scale: `group`, or what divides the blocks the row is cut in.
-
-    It must not depend on the number of ranks, so that their results do not either.
-    """
-    unit = {"heads": config.head_dim, "kv_heads": config.head_dim}.get(axes[1], BLOCK)
-    fitting = gcd(group, unit)
-    if fitting < 8:
-        raise ConfigError(
-            f"config.json: head_dim {unit} leaves quantization groups of {fitting} elements in "
-            f"{name}; build with --quantization q0f16"
-        )
-    return fitting
+def _units(
+    axes: dict[str, tuple[str, ...]],
+    shapes: dict[str, tuple[int, ...]],
+    quantized: dict[str, Quantized | None],
+) -> dict[str, int]:
+    """Elements that a cut should not part, by logical axis: the largest group along it."""
+    units: dict[str, int] = {}
+    for name, how in quantized.items():
+        if how is not None and how.packing.group < min(shapes[name][1], MAX_UNIT + 1):
+            axis = axes[name][1]
+            units[axis] = max(units.get(axis, 0), how.packing.group)
+    return units
 
 
 def compile_program(

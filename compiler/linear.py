@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import reduce
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.rules import op_name, operands_of, shape_of
 from shardwright.compiler.weights import Weight
+from shardwright.errors import ShardingError
 
 
 @dataclass
@@ -65,7 +65,7 @@ def join_linears(mod: tvm.IRModule, weights: Weights) -> tvm.IRModule:
     groups: dict[str, list[str]] = {}
     biases: dict[str, str] = {}  # first bias of a group, by its first weight
     for _, func in mod.functions_items():
-        found = list(_groups(func))
+        found = list(_groups(func, weights))
         groups |= {g[0]: g for g in found}
         for g in found:
             names = _biases(func, g)
@@ -91,13 +91,18 @@ def join_linears(mod: tvm.IRModule, weights: Weights) -> tvm.IRModule:
     )
 
 
-def _groups(func: relax.Function) -> Iterable[list[str]]:
-    """Names of the weights that multiply the same value, in program order, at least two."""
-    by_input: dict[tuple[relax.Var, str], list[str]] = defaultdict(list)
+def _groups(func: relax.Function, weights: Weights) -> Iterable[list[str]]:
+    """Names of the weights that multiply the same value, in program order, at least two.
+
+    Those that are quantized must be so in one format.
+    """
+    by_input: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for binding in bindings_of(func):
         if is_call(binding.value, "shardwright.linear"):
             x, weight = operands_of(binding.value)
-            by_input[x, str(binding.var.ty.dtype)].append(weight.name)
+            columns = weights.table[weight.name].columns if weight.name in weights.table else None
+            key = (x, str(binding.var.ty.dtype), columns and columns.key)
+            by_input[key].append(weight.name)
     return [names for names in by_input.values() if len(names) > 1]
 
 
@@ -142,17 +147,14 @@ def _joined_name(names: list[str]) -> str:
     return ".".join("_".join(dict.fromkeys(column)) for column in columns)
 
 
-def quantize(mod: tvm.IRModule, weights: Weights, groups: dict[str, int]) -> tvm.IRModule:
-    """Weights named in `groups` become packed int4 with a scale per so many input elements.
+def quantize(mod: tvm.IRModule, weights: Weights) -> tvm.IRModule:
+    """Weights whose sources are stored as codes become the tensors of their format.
 
-    `shardwright.linear` and table look-ups of such a weight take the two tensors instead.
+    `shardwright.linear` and table look-ups of such a weight take them instead: `q4_linear(x, words,
+    scale)` and `q4_embed(words, scale, ids[, rank])` for the format of the four-bit kernels, else
+    `quantized_linear` and `quantized_embed` with the zero points, if any, after the scale, and
+    `Packing.attributes` at the end. Where columns were moved, `take_columns` moves x.
     """
-    weights.table = {
-        name: replace(w, group=reduce(min, (groups[s.name] for s in w.sources)))
-        if all(s.name in groups for s in w.sources)
-        else w
-        for name, w in weights.table.items()
-    }
 
     def rewrite(rw: Rewriter, _var: relax.Var, call: relax.Call) -> relax.Expr | None:
         name = op_name(call)
@@ -160,20 +162,42 @@ def quantize(mod: tvm.IRModule, weights: Weights, groups: dict[str, int]) -> tvm
             return None
         args = operands_of(call)
         weight = args[1] if name == "shardwright.linear" else args[0]
-        pair = rw.replaced.get(weight)
-        if pair is None:
+        tensors = rw.replaced.get(weight)
+        if tensors is None:
             return None
+        columns = weights.table[weight.name].columns
+        assert columns is not None
+        x, moved = rw.local(args[0]), tensors[-1]
+        if columns.moved is not None:
+            tensors = tensors[:-1]
+            if name != "shardwright.linear":
+                raise ShardingError(f"{weight.name}: a table in act-order cannot be looked up")
+            x = _take_columns(rw, x, moved)
+        kind, attributes = "q4", list[relax.Expr]()
+        if not columns.packing.is_q4(str(weight.ty.dtype)):
+            kind = "quantized"
+            attributes = [
+                relax.prim_value(tirx.IntImm("int64", a)) for a in columns.packing.attributes()
+            ]
         if name == "shardwright.linear":
-            args, abstract = [rw.local(args[0]), *pair], "shardwright.q4_linear"
+            args, abstract = [x, *tensors, *attributes], f"shardwright.{kind}_linear"
         else:
-            args, abstract = [*pair, *map(rw.local, args[1:])], "shardwright.q4_embed"
+            rest = map(rw.local, args[1:])
+            args, abstract = [*tensors, *rest, *attributes], f"shardwright.{kind}_embed"
         return relax.call_dps_packed(abstract, relax.Tuple(args), out_ty=call.ty)
 
     def split(param: relax.Var) -> list[relax.Var] | None:
         weight = weights.table.get(param.name)
-        return weights.variables(param.name) if weight and weight.group else None
+        return weights.variables(param.name) if weight and weight.columns else None
 
     return _rewrite_module(mod, rewrite, split)
+
+
+def _take_columns(rw: Rewriter, x: relax.Expr, index: relax.Var) -> relax.Var:
+    """`x` [n, K] with columns `index` [K'], zeros where it is -1."""
+    out = relax.TensorType([shape_of(x)[0], shape_of(index)[0]], x.ty.dtype)
+    call = relax.call_dps_packed("shardwright.take_columns", relax.Tuple([x, index]), out_ty=out)
+    return rw.bb.emit(call, "moved")
 
 
 class Rewriter:
@@ -273,8 +297,9 @@ class _Joiner(Rewriter):
         def split(param: relax.Var) -> list[relax.Var] | None:
             name = param.name
             if name in joined:
-                ((tensor, shape, dtype),) = joined[name].tensors()
-                self.joined_vars[name] = relax.Var(tensor, relax.TensorType(shape, dtype))
+                whole = joined[name]
+                plain = relax.TensorType(whole.local_shape, whole.dtype)
+                self.joined_vars[name] = relax.Var(whole.name, plain)
                 return [self.joined_vars[name]]
             return [] if name in self.first else None
 

@@ -22,10 +22,12 @@ from shardwright.compiler.kernels import (
     matmul,
     norm,
     q4_gemm,
+    quantized,
     rotary,
     sampling,
 )
 from shardwright.compiler.linear import Rewriter
+from shardwright.compiler.packing import Packing
 from shardwright.compiler.peer import PeerState, add_peer_decode
 from shardwright.compiler.rules import op_name, operands_of, shape_of
 
@@ -394,8 +396,8 @@ def _q4_linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.E
     cols = shapes["in_features"]
     group = cols // shape_of(scale)[1]
     if k.target == "cpu":
-        kernel = k.kernel(matmul.q4_matmul_cpu, **shapes, group=group, dtype=str(x.ty.dtype))
-        return relax.call_tir(kernel, [x, packed, scale], call.ty)
+        packing = Packing(4, group, offset=7, scale_dtype=str(scale.ty.dtype))
+        return _quantized_matmul_cpu(k, call, [x, packed, scale], packing)
     few = _matrix_vector(k, call, [x, packed, scale])
     if few is not None:
         return few
@@ -444,6 +446,87 @@ def _q4_embed(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Ex
     if features == words * 8:
         return found
     return relax.op.strided_slice(k.bb.emit(found), [1], [0], [features])
+
+
+def _quantized_matmul_cpu(
+    k: _Kernels, call: relax.Call, args: list[relax.Expr], packing: Packing
+) -> relax.Expr:
+    shapes = _linear_shapes(k, call, args[0], args[1])
+    dtype = str(args[0].ty.dtype)
+    kernel = k.kernel(quantized.quantized_matmul_cpu, **shapes, packing=packing, dtype=dtype)
+    return relax.call_tir(kernel, args, call.ty)
+
+
+def _packing(
+    words: relax.Expr, sides: list[relax.Expr], attributes: list[relax.Expr]
+) -> tuple[Packing, int]:
+    """The format of a weight of `words`, scale and maybe zero points, and its columns."""
+    bits, offset, is_float = map(_value, attributes)
+    columns = shape_of(words)[1] * (32 // bits)
+    return Packing(
+        bits,
+        columns // shape_of(sides[0])[1],
+        code="e4m3" if is_float else "int",
+        offset=offset,
+        zeros=len(sides) == 2,
+        scale_dtype=str(sides[0].ty.dtype),
+    ), columns
+
+
+def _quantized_linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """A product with a weight of another format than the four-bit kernels'."""
+    x, words, *sides = args[:-3]
+    packing, columns = _packing(words, sides, args[-3:])
+    missing = columns - shape_of(x)[1]
+    x = k.bb.emit(relax.op.nn.pad(x, [0, 0, 0, missing])) if missing else x
+    if k.target == "cpu":
+        return _quantized_matmul_cpu(k, call, [x, words, *sides], packing)
+    shapes = _linear_shapes(k, call, x, words) | {"packing": packing, "dtype": str(x.ty.dtype)}
+    batch = shapes.pop("tokens")
+    if batch is not None and batch <= GEMV_MAX_BATCH:
+        kernel = k.kernel(quantized.quantized_gemv, batch=batch, **shapes, target=k.target)
+        return relax.call_tir(kernel, [x, words, *sides], call.ty)
+    shapes.pop("out_dtype")
+    kernel = k.kernel(quantized.dequantize, **shapes, target=k.target)
+    whole = relax.TensorType([shapes["out_features"], columns], x.ty.dtype)
+    weight = k.bb.emit(relax.call_tir(kernel, [words, *sides], whole))
+    return _tensor_core_linear(k, call, x, weight)
+
+
+def _quantized_embed(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    words, *rest = args[:-3]
+    sides = [t for t in rest if len(shape_of(t)) == 2]
+    ids, *rank = rest[len(sides) :]
+    packing, columns = _packing(words, sides, args[-3:])
+    n, features = shape_of(call)
+    kernel = k.kernel(
+        quantized.quantized_take,
+        tokens=_tokens(k, ids),
+        vocab_rows=shape_of(words)[0],
+        features=columns,
+        packing=packing,
+        dtype=str(call.ty.dtype),
+        target=k.target,
+    )
+    first = rank[0] if rank else relax.const([0], "int32")
+    whole = relax.TensorType([n, columns], call.ty.dtype)
+    found = relax.call_tir(kernel, [words, *sides, ids, first], whole)
+    if features == columns:
+        return found
+    return relax.op.strided_slice(k.bb.emit(found), [1], [0], [features])
+
+
+def _take_columns(k: _Kernels, _call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """Columns by index, zeros where it is -1."""
+
+    def pick(x: te.Tensor, index: te.Tensor) -> te.Tensor:
+        def element(i: Any, j: Any) -> Any:
+            safe = tvm.tirx.max(index[j], 0)
+            return tvm.tirx.if_then_else(index[j] >= 0, x[i, safe], tvm.tirx.const(0, x.dtype))
+
+        return te.compute((x.shape[0], index.shape[0]), element, name="take_columns")
+
+    return k.bb.call_te(pick, *args, primfunc_name_hint="take_columns")
 
 
 def _embed(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
@@ -523,6 +606,9 @@ LOWERINGS: dict[str, Lowering] = {
     "shardwright.q4_gated_linear": _gated_linear,
     "shardwright.embed": _embed,
     "shardwright.q4_embed": _q4_embed,
+    "shardwright.quantized_linear": _quantized_linear,
+    "shardwright.quantized_embed": _quantized_embed,
+    "shardwright.take_columns": _take_columns,
     "relax.take": _take,
     "shardwright.peer_all_reduce": _peer_all_reduce,
     "shardwright.peer_all_reduce_add_rms_norm": _peer_all_reduce_add_rms_norm,

@@ -1,33 +1,66 @@
-"""Quantization schemes and the four-bit format.
+"""Quantization schemes: what `--quantization` names, and how weights are quantized here.
 
-`q4f16_1` is MLC's: symmetric, groups of 32 along a row, `scale = max|w| / 7` in float16, stored
-value `clip(round(w / scale) + 7, 0, 14)`, eight to a 32-bit word, the first in the lowest bits.
+`q4f16_1` and the others of that pattern are MLC's: symmetric, groups along a row, `scale = max|w| /
+m` in float16 with `m` the largest integer of so many bits, code `clip(round(w / scale) + m, 0, 2
+m)`. `fp8f16` has e4m3 codes and for each row a float32 scale, `max|w| / 448`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from shardwright.errors import CheckpointError, UsageError
+from shardwright.compiler.axes import BLOCK
+from shardwright.compiler.columns import Quantized
+from shardwright.compiler.packing import Codes, Packing
+from shardwright.errors import CheckpointError, ConfigError, UsageError
 
 # Elements converted at a time, so that the temporaries of a block stay in the processor's cache.
 _BLOCK = 1 << 17
 
+E4M3_MAX = 448
+
 
 @dataclass(frozen=True)
 class Quantization:
-    """How weights are stored: `dtype` of activations and plain weights; `bits` None is no packing.
+    """How weights are stored: `dtype` of activations and plain weights; no `packing`, no codes.
 
-    `group` is the number of elements of a row that share a scale.
+    A group of 0 in `packing` is a whole row.
     """
 
     name: str
     dtype: str
-    bits: int | None = None
-    group: int = 32
+    packing: Packing | None = None
+
+    def quantized(
+        self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], config: Any
+    ) -> Quantized | None:
+        """How weight `name` of global `shape` is quantized, None if it stays plain.
+
+        A group is the scheme's, or what divides the blocks that its row is cut in: results must not
+        depend on the number of ranks. Raises ConfigError if that leaves too small a group.
+        """
+        if self.packing is None or len(shape) != 2:
+            return None
+        group = self.packing.group or shape[1]
+        if self.packing.group and self.packing.bits != 3:
+            unit = {"heads": config.head_dim, "kv_heads": config.head_dim}.get(axes[1], BLOCK)
+            group = gcd(group, unit)
+            if group < 8:
+                raise ConfigError(
+                    f"config.json: head_dim {unit} leaves quantization groups of {group} elements "
+                    f"in {name}; build with --quantization q0f16"
+                )
+        return Quantized(replace(self.packing, group=group))
+
+
+def _mlc(name: str, bits: Any, group: int) -> Quantization:
+    return Quantization(name, "float16", Packing(bits, group, offset=2 ** (bits - 1) - 1))
 
 
 QUANTIZATIONS = {
@@ -35,7 +68,12 @@ QUANTIZATIONS = {
     for q in (
         Quantization("q0f16", "float16"),
         Quantization("q0f32", "float32"),
-        Quantization("q4f16_1", "float16", bits=4),
+        _mlc("q4f16_1", 4, 32),
+        # The same numbers: MLC's two layouts of a matrix differ in memory, and we have one.
+        _mlc("q4f16_0", 4, 32),
+        _mlc("q3f16_1", 3, 40),
+        _mlc("q8f16_1", 8, 32),
+        Quantization("fp8f16", "float16", Packing(8, 0, code="e4m3", scale_dtype="float32")),
     )
 }
 
@@ -49,43 +87,45 @@ def quantization(name: str) -> Quantization:
     return QUANTIZATIONS[name]
 
 
-def quantize_q4(
-    weight: npt.NDArray[np.floating], group: int = 32, name: str = "weight"
-) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float16]]:
-    """Pack `weight` `[rows, cols]`, float16 or float32, into four bits an element.
+def quantize(
+    weight: npt.NDArray[np.floating[Any]], packing: Packing, name: str = "weight"
+) -> tuple[Codes, npt.NDArray[Any]]:
+    """Codes `[rows, padded]` and scales `[rows, padded / group]` of `weight` `[rows, cols]`.
 
-    Returns words `[rows, cols / 8]` and scales `[rows, cols / group]`. `cols` must be a multiple of
-    8 and of `group`. The scale is computed in float32 and rounded to float16 before it divides, so
-    that the error is that of the format alone. Raises CheckpointError, naming `name`, if the weight
-    holds NaN or infinity or its scale is beyond float16.
+    `weight` is float16 or float32; its rows are padded with zeros to whole groups. A scale is
+    computed in float32 and rounded to its dtype before it divides, so that the error is that of the
+    format alone. Raises CheckpointError, naming `name`, if the weight holds NaN or infinity or its
+    scale is beyond float16.
     """
     rows, cols = weight.shape
-    if cols % 8 or cols % group:
-        raise ValueError(f"{cols} columns are no multiple of 8 and of the group {group}")
+    group = packing.group
+    if cols % group:
+        weight = np.pad(weight, ((0, 0), (0, -cols % group)))
     flat = np.ascontiguousarray(weight).reshape(-1, group)
-    packed = np.empty((flat.shape[0], group // 2), np.uint8)
-    scale = np.empty(flat.shape[0], np.float16)
+    codes = np.empty(flat.shape, np.uint8)
+    scale = np.empty(flat.shape[0], packing.scale_dtype)
     step = max(1, _BLOCK // group)
     for start in range(0, len(flat), step):
         block = slice(start, start + step)
-        _quantize_block(flat[block], packed[block], scale[block], name)
-    words = packed.reshape(rows, cols // 2).view("<u4").astype(np.uint32, copy=False)
-    return words, scale.reshape(rows, cols // group)
+        _quantize_block(flat[block], codes[block], scale[block], packing, name)
+    return codes.reshape(rows, -1), scale.reshape(rows, -1)
 
 
 def _quantize_block(
-    weight: npt.NDArray[np.floating],
-    packed: npt.NDArray[np.uint8],
-    scale: npt.NDArray[np.float16],
+    weight: npt.NDArray[np.floating[Any]],
+    codes: Codes,
+    scale: npt.NDArray[Any],
+    packing: Packing,
     name: str,
 ) -> None:
-    """Quantize groups `weight` `[n, group]` into `packed` `[n, group / 2]` and `scale` `[n]`."""
+    """Quantize groups `weight` `[n, group]` into `codes` `[n, group]` and `scale` `[n]`."""
     values = weight.astype(np.float32)
     largest = np.abs(values).max(axis=1)
     if not np.isfinite(largest).all():
         raise CheckpointError(f"{name}: holds NaN or infinity; the checkpoint is damaged")
+    most = E4M3_MAX if packing.code == "e4m3" else packing.offset
     with np.errstate(over="ignore"):
-        scale[:] = largest / np.float32(7)
+        scale[:] = largest / np.float32(most)
     if not np.isfinite(scale).all():
         raise CheckpointError(
             f"{name}: value {largest.max():g} is too large for a float16 scale; "
@@ -94,21 +134,10 @@ def _quantize_block(
     divisor = scale.astype(np.float32)
     divisor[divisor == 0] = 1
     np.divide(values, divisor[:, None], out=values)
+    if packing.code == "e4m3":
+        codes[:] = values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+        return
     np.rint(values, out=values)
-    values += 7
-    np.clip(values, 0, 14, out=values)
-    # Two elements, a byte each, seen as one 16-bit number; the high byte's four bits move down.
-    pairs = values.astype(np.uint8).view("<u2")
-    pairs |= pairs >> 4
-    packed[:] = pairs  # the cast keeps the low byte
-
-
-def dequantize_q4(
-    packed: npt.NDArray[np.uint32], scale: npt.NDArray[np.float16], group: int = 32
-) -> npt.NDArray[np.float32]:
-    """The weight `[rows, cols]` that words `[rows, cols / 8]` and scales stand for."""
-    nibbles = (packed[..., None] >> np.arange(0, 32, 4, dtype=np.uint32)) & np.uint32(15)
-    values: npt.NDArray[np.float32] = nibbles.reshape(len(packed), -1).astype(np.float32)
-    values -= 7
-    values *= np.repeat(scale.astype(np.float32), group, axis=1)
-    return values
+    values += most
+    np.clip(values, 0, 2 * most, out=values)
+    codes[:] = values

@@ -20,6 +20,7 @@ _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "float32": ("F32", np.dtype("<f4")),
     "float16": ("F16", np.dtype("<f2")),
     "uint32": ("U32", np.dtype("<u4")),
+    "int32": ("I32", np.dtype("<i4")),
 }
 
 

@@ -1,4 +1,4 @@
-"""Reads a checkpoint tensor in pieces, already cut into the ranks' slices."""
+"""Reads a checkpoint's weights in pieces, already cut into the ranks' slices."""
 
 from __future__ import annotations
 
@@ -6,50 +6,132 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from shardwright.compiler.checkpoint import Checkpoint
+from shardwright.compiler.columns import Columns
 from shardwright.compiler.placement import PAD, Placement, Shard
 from shardwright.errors import ShardingError
 
 Array: TypeAlias = npt.NDArray[Any]
 Index: TypeAlias = npt.NDArray[np.int64]
 Ranks: TypeAlias = tuple[int, ...]
+Parts: TypeAlias = tuple[Array, ...]
 
-Read: TypeAlias = Callable[[], list[tuple[Ranks, Array]]]
+Read: TypeAlias = Callable[[], list[tuple[Ranks, Parts]]]
 """Reads one piece: slices, each with the ranks that hold it. May run on any thread."""
 
 CHUNK = 1 << 22
 """Elements in a piece, whatever the size of the tensor; a longer row is a piece of its own."""
 
 
-def reads(checkpoint: Checkpoint, name: str, placement: Placement, world: int) -> Iterator[Read]:
-    """The pieces of tensor `name`; a rank's slices, joined along dimension 0, are its local tensor.
+class Reader(Protocol):
+    """A weight of the checkpoint, in whatever form it has there.
 
-    Ranks that hold the same share a slice. Raises ShardingError if `placement` is not for `world`
-    ranks.
+    Its parts are the plain values alone or, where it is quantized, codes uint8 `[rows, cols]`,
+    scales `[rows, groups]` and, if the format has them, zero points like the scales.
     """
-    shape = checkpoint.tensors[name].shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, as the model has it."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the parts are codes and what belongs to them."""
+
+    def read(self, index: Index) -> Parts:
+        """Rows `index`, zeros where it is -1, along dimension 0. May run on any thread."""
+
+    def release(self) -> None:
+        """Forget what reading kept in memory."""
+
+
+class Plain:
+    """A tensor of the checkpoint as it is."""
+
+    quantized = False
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self.shape = checkpoint.tensors[name].shape
+        self._checkpoint, self._name = checkpoint, name
+
+    def read(self, index: Index) -> Parts:
+        """See `Reader`."""
+        return (read_rows(self._checkpoint.read_rows, self._name, index),)
+
+    def release(self) -> None:
+        """See `Reader`."""
+
+
+class Rows:
+    """`count` rows of a weight from `first` on."""
+
+    def __init__(self, whole: Reader, first: int, count: int) -> None:
+        self.shape = (count, *whole.shape[1:])
+        self.quantized = whole.quantized
+        self._whole, self._first = whole, first
+
+    def read(self, index: Index) -> Parts:
+        """See `Reader`."""
+        return self._whole.read(np.where(index == PAD, PAD, index + self._first))
+
+    def release(self) -> None:
+        """See `Reader`."""
+        self._whole.release()
+
+
+def read_rows(read: Callable[[str, int, int], Array], name: str, index: Index) -> Array:
+    """Rows `index` of a tensor, in runs of consecutive ones; zeros where it is -1.
+
+    `read(name, start, stop)` reads rows.
+    """
+    padding = index == PAD
+    follows = (np.diff(index) == 1) & ~padding[:-1] | padding[:-1] & padding[1:]
+    cuts = [0, *(int(i) + 1 for i in np.flatnonzero(~follows)), len(index)]
+    parts = []
+    for start, stop in pairwise(cuts):
+        if padding[start]:
+            none = read(name, 0, 0)
+            parts.append(np.zeros((stop - start, *none.shape[1:]), none.dtype))
+        else:
+            row = int(index[start])
+            parts.append(read(name, row, row + stop - start))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def reads(
+    reader: Reader,
+    placement: Placement,
+    world: int,
+    order: Index | None = None,
+    columns: Columns | None = None,
+) -> Iterator[Read]:
+    """The pieces of a weight; a rank's slices, joined along dimension 0, are its local tensor.
+
+    Ranks that hold the same share a slice. `order` permutes rows before the cut; `columns` says
+    where the columns of a quantized weight go. Raises ShardingError if `placement` is not for
+    `world` ranks.
+    """
+    shape = reader.shape
     rows = max(1, CHUNK // max(1, math.prod(shape[1:])))
-    everyone = tuple(range(world))
-    if not isinstance(placement, Shard):
-        for start in range(0, shape[0], rows):
-            index = np.arange(start, min(start + rows, shape[0]))
-            yield partial(_rows, checkpoint, name, everyone, index)
-        return
-    groups = _same_slices(placement, world)
-    if placement.dim == 0:
-        for ranks in groups:
-            index = placement.index(ranks[0])
-            for start in range(0, len(index), rows):
-                yield partial(_rows, checkpoint, name, ranks, index[start : start + rows])
-        return
+    whole = np.arange(shape[0], dtype=np.int64) if order is None else order
+    groups = [tuple(range(world))]
+    if isinstance(placement, Shard):
+        groups = _same_slices(placement, world)
+        if placement.dim == 0:
+            for ranks in groups:
+                index = placement.index(ranks[0])
+                index = np.where(index == PAD, PAD, whole[np.maximum(index, 0)])
+                for start in range(0, len(index), rows):
+                    piece = index[start : start + rows]
+                    yield partial(_read, reader, piece, [ranks], placement, columns)
+            return
     for start in range(0, shape[0], rows):
-        stop = min(start + rows, shape[0])
-        yield partial(_columns, checkpoint, name, groups, placement, start, stop)
+        yield partial(_read, reader, whole[start : start + rows], groups, placement, columns)
 
 
 def _same_slices(placement: Shard, world: int) -> list[Ranks]:
@@ -62,43 +144,37 @@ def _same_slices(placement: Shard, world: int) -> list[Ranks]:
     return [tuple(ranks) for ranks in groups.values()]
 
 
-def _rows(
-    checkpoint: Checkpoint, name: str, ranks: Ranks, index: Index
-) -> list[tuple[Ranks, Array]]:
-    """Rows `index`, read in runs of consecutive ones; rows of zeros where it is -1."""
-    padding = index == PAD
-    follows = (np.diff(index) == 1) & ~padding[:-1] | padding[:-1] & padding[1:]
-    cuts = [0, *(int(i) + 1 for i in np.flatnonzero(~follows)), len(index)]
-    parts = []
-    for start, stop in pairwise(cuts):
-        first = int(index[start])
-        if padding[start]:
-            none = checkpoint.read_rows(name, 0, 0)
-            parts.append(np.zeros((stop - start, *none.shape[1:]), none.dtype))
-        else:
-            parts.append(checkpoint.read_rows(name, first, first + stop - start))
-    return [(ranks, parts[0] if len(parts) == 1 else np.concatenate(parts))]
-
-
-def _columns(
-    checkpoint: Checkpoint,
-    name: str,
+def _read(
+    reader: Reader,
+    index: Index,
     groups: list[Ranks],
-    placement: Shard,
-    start: int,
-    stop: int,
-) -> list[tuple[Ranks, Array]]:
-    """Rows `start` to `stop`, read once and cut along a later dimension."""
-    rows = checkpoint.read_rows(name, start, stop)
-    return [(ranks, take(rows, placement.index(ranks[0]), placement.dim)) for ranks in groups]
+    placement: Placement,
+    columns: Columns | None,
+) -> list[tuple[Ranks, Parts]]:
+    """Rows `index`, read once and cut along a later dimension where `placement` or `columns` do."""
+    parts = reader.read(index)
+    if columns is not None:
+        return [(ranks, _cut_columns(parts, columns, ranks[0])) for ranks in groups]
+    (values,) = parts
+    if isinstance(placement, Shard) and placement.dim > 0:
+        return [(r, (take(values, placement.index(r[0]), placement.dim),)) for r in groups]
+    return [(ranks, (values,)) for ranks in groups]
 
 
-def take(values: Array, index: Index, dim: int) -> Array:
-    """Elements `index` of `values` along `dim`, with zeros where the index is -1."""
+def _cut_columns(parts: Parts, columns: Columns, rank: int) -> Parts:
+    """One rank's codes, scales and zero points. A padded column decodes to 0 if there are none."""
+    at = min(rank, len(columns.codes) - 1)  # a weight cut along its rows has one plan
+    codes, *sides = parts
+    cut = take(codes, columns.codes[at], 1, fill=columns.packing.offset)
+    return cut, *(take(side, columns.groups[at], 1) for side in sides)
+
+
+def take(values: Array, index: Index, dim: int, fill: int = 0) -> Array:
+    """Elements `index` of `values` along `dim`, with `fill` where the index is -1."""
     if len(index) and index[0] != PAD and (np.diff(index) == 1).all():
         which = [slice(None)] * values.ndim
         which[dim] = slice(int(index[0]), int(index[-1]) + 1)
         return values[tuple(which)]
     out: Array = np.take(values, np.maximum(index, 0), axis=dim)
-    np.moveaxis(out, dim, 0)[index == PAD] = 0
+    np.moveaxis(out, dim, 0)[index == PAD] = fill
     return out

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwright.compiler.checkpoint import Checkpoint, listing
+from shardwright.compiler.columns import Columns, Index, Quantized, plan
+from shardwright.compiler.packing import Packing, pack
 from shardwright.compiler.placement import Partial, Placement, local_shape
-from shardwright.compiler.quantization import quantize_q4
+from shardwright.compiler.quantization import quantize
 from shardwright.compiler.shard_writer import ShardWriter
-from shardwright.compiler.slicing import Read, reads
+from shardwright.compiler.slicing import Plain, Read, Reader, Rows, reads
 from shardwright.errors import BuildError, CheckpointError, ShardingError
 from shardwright.runtime.artifact import FileEntry, shard_name
 
@@ -32,50 +35,62 @@ _THREADS = 2
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the checkpoint: its name there, its global shape, and how the ranks share it.
+    """A weight of the checkpoint: its name there, its global shape, and how the ranks share it.
 
-    `plus` is added to its values. It is part of the tensor `joined`, from row `first` on, where the
-    checkpoint has it joined with others.
+    With `quantized` it is to be quantized, or is so already. `plus` is added to its values. It is
+    part of the tensor `joined`, from row `first` on, where the checkpoint has it joined with
+    others. `rows` and `order` permute its rows and its columns before the cut.
     """
 
     name: str
     shape: tuple[int, ...]
     placement: Placement
+    quantized: Quantized | None = field(default=None, compare=False)
     plus: float = 0.0
     joined: str | None = None
     first: int = 0
+    rows: Index | None = field(default=None, compare=False)
+    order: Index | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.placement, Partial):
             raise ShardingError(f"{self.name}: a weight cannot be {self.placement}")
+        if self.quantized is not None and len(self.shape) != 2:
+            raise ShardingError(f"{self.name}: only matrices are quantized, not {self.shape}")
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of one rank's slice."""
+        """Shape of one rank's slice, before quantization."""
         return local_shape(self.shape, self.placement)
+
+    @cached_property
+    def columns(self) -> Columns | None:
+        """Where the columns go, if it is quantized."""
+        if self.quantized is None:
+            return None
+        return plan(self.quantized, self.shape[1], self.order, self.placement)
 
 
 @dataclass(frozen=True)
 class Weight:
     """A weight of the program: the local slices of its sources, joined along dimension 0.
 
-    With `group` None it is one tensor of type `dtype`. Else it is quantized to four bits with a
-    scale of type `dtype` for each `group` elements of a row, see `quantization.quantize_q4`.
-    Raises ShardingError if the slices cannot be joined, or are no matrices and to be quantized.
+    Its sources are plain, and it is one tensor of type `dtype`; or they are quantized in one
+    format. Raises ShardingError if the slices cannot be joined.
     """
 
     name: str
     sources: tuple[Source, ...]
     dtype: str
-    group: int | None = None
 
     def __post_init__(self) -> None:
         tails = {source.local_shape[1:] for source in self.sources}
         if len(tails) != 1:
             shapes = ", ".join(f"{s.name} {s.local_shape}" for s in self.sources)
             raise ShardingError(f"{self.name}: cannot join slices along dimension 0: {shapes}")
-        if self.group is not None and len(self.local_shape) != 2:
-            raise ShardingError(f"{self.name}: only matrices are quantized, not {self.local_shape}")
+        if len({s.columns and s.columns.key for s in self.sources}) != 1:
+            names = ", ".join(s.name for s in self.sources)
+            raise ShardingError(f"{self.name}: cannot join weights of different formats: {names}")
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -84,25 +99,29 @@ class Weight:
         return (rows, *self.sources[0].local_shape[1:])
 
     @property
-    def padded_cols(self) -> int:
-        """Columns of a quantized weight on one rank, padded to whole groups and words."""
-        assert self.group is not None
-        multiple = math.lcm(8, self.group)
-        return -(-self.local_shape[1] // multiple) * multiple
+    def columns(self) -> Columns | None:
+        """Where the columns of its sources go, if they are quantized."""
+        return self.sources[0].columns
 
     def tensors(self) -> list[tuple[str, tuple[int, ...], str]]:
         """Name, local shape and dtype of the tensors that hold this weight in a rank's file.
 
-        One, or `NAME.q4` uint32 `[rows, padded_cols / 8]` and `NAME.scale` `[rows, padded_cols /
-        group]`.
+        One, or the words `NAME.q4` (or another `Packing.suffix`), `NAME.scale` and, as the format
+        has them, `NAME.zero` and `NAME.columns` int32, the activations that the columns multiply.
         """
-        if self.group is None:
+        if self.columns is None:
             return [(self.name, self.local_shape, self.dtype)]
-        rows, cols = self.local_shape[0], self.padded_cols
-        return [
-            (f"{self.name}.q4", (rows, cols // 8), "uint32"),
-            (f"{self.name}.scale", (rows, cols // self.group), self.dtype),
+        packing, rows, cols = self.columns.packing, self.local_shape[0], self.columns.size
+        side = ((rows, cols // packing.group), packing.scale_dtype)
+        found: list[tuple[str, tuple[int, ...], str]] = [
+            (f"{self.name}.{packing.suffix}", (rows, cols // packing.per_word), "uint32"),
+            (f"{self.name}.scale", *side),
         ]
+        if packing.zeros:
+            found.append((f"{self.name}.zero", *side))
+        if self.columns.moved is not None:
+            found.append((f"{self.name}.columns", (cols,), "int32"))
+        return found
 
 
 def ignore_buffers(name: str) -> bool:
@@ -111,58 +130,58 @@ def ignore_buffers(name: str) -> bool:
 
 
 def check_names(
-    checkpoint: Checkpoint,
+    readers: Mapping[str, Reader],
     weights: Sequence[Weight],
+    root: Path,
     ignored: Callable[[str], bool] = ignore_buffers,
 ) -> None:
-    """Compare the checkpoint's tensors with the sources of `weights`.
+    """Compare the checkpoint's weights (see `readers_of`) with the sources of `weights`.
 
     Raises CheckpointError, which lists them, for sources that are missing, for tensors that no
     weight uses and `ignored` does not excuse, and for shapes that differ.
     """
     sources = {source.name: source for weight in weights for source in weight.sources}
     problems = []
-    if missing := [name for name in sources if name not in checkpoint.tensors]:
+    if missing := [name for name in sources if name not in readers]:
         problems.append(f"missing {listing(missing)}")
-    extra = [name for name in checkpoint.tensors if name not in sources and not ignored(name)]
+    extra = [name for name in readers if name not in sources and not ignored(name)]
     if extra:
         problems.append(f"not in the model: {listing(extra)}")
     if problems:
-        raise CheckpointError(
-            f"{checkpoint.root}: tensors do not fit config.json: {'; '.join(problems)}"
-        )
+        raise CheckpointError(f"{root}: tensors do not fit config.json: {'; '.join(problems)}")
     wrong = [
-        f"{name} is {checkpoint.tensors[name].shape}, config.json says {source.shape}"
+        f"{name} is {readers[name].shape}, config.json says {source.shape}"
         for name, source in sources.items()
-        if checkpoint.tensors[name].shape != source.shape
+        if readers[name].shape != source.shape
     ]
     if wrong:
-        raise CheckpointError(f"{checkpoint.root}: wrong shapes: {listing(wrong)}")
+        raise CheckpointError(f"{root}: wrong shapes: {listing(wrong)}")
 
 
-def split_joined(checkpoint: Checkpoint, weights: Sequence[Weight]) -> None:
-    """Let `checkpoint` have the sources that are part of a tensor as tensors of their own.
+def plain_readers(checkpoint: Checkpoint) -> dict[str, Reader]:
+    """A reader of each tensor of a checkpoint that is not quantized."""
+    return {name: Plain(checkpoint, name) for name in checkpoint.tensors}
 
-    Raises CheckpointError if such a tensor is missing or its parts do not make up its shape.
+
+def split_joined(readers: dict[str, Reader], weights: Sequence[Weight], root: Path) -> None:
+    """Let `readers` have the sources that are part of a tensor as weights of their own.
+
+    Raises CheckpointError if the parts of such a tensor do not make up its shape.
     """
     parts: dict[str, list[Source]] = {}
     for source in (s for weight in weights for s in weight.sources if s.joined):
         parts.setdefault(str(source.joined), []).append(source)
     for name, sources in parts.items():
-        whole = checkpoint.tensors.pop(name, None)
+        whole = readers.pop(name, None)
         if whole is None:
             continue  # perhaps someone took it apart; else the parts are found missing
-        rows = sum(source.shape[0] for source in sources)
-        expected = (rows, *sources[0].shape[1:])
+        expected = (sum(source.shape[0] for source in sources), *sources[0].shape[1:])
         if whole.shape != expected:
             raise CheckpointError(
-                f"{checkpoint.root}: wrong shapes: {name} is {whole.shape}, config.json says "
-                f"{expected}"
+                f"{root}: wrong shapes: {name} is {whole.shape}, config.json says {expected}"
             )
-        row = whole.nbytes // rows
         for source in sources:
-            offset = whole.offset + source.first * row
-            checkpoint.tensors[source.name] = replace(whole, offset=offset, shape=source.shape)
+            readers[source.name] = Rows(whole, source.first, source.shape[0])
 
 
 def write_shards(
@@ -172,16 +191,19 @@ def write_shards(
     out_dir: Path,
     progress: Progress | None = None,
     ignored: Callable[[str], bool] = ignore_buffers,
+    readers: Mapping[str, Reader] | None = None,
 ) -> dict[str, FileEntry]:
     """Write every rank's weights under `out_dir` in one pass over the checkpoint.
 
     Sources are read in pieces of rows, and each piece is sliced, cast or quantized, and appended to
-    the files of the ranks that hold it, so that memory does not grow with the checkpoint. Returns
-    the manifest's entry of each file. Raises CheckpointError as `check_names` does, and for values
-    that are NaN, infinite or beyond the range of the dtype; BuildError if a file cannot be written.
+    the files of the ranks that hold it, so that memory does not grow with the checkpoint. `readers`
+    are those of a quantized checkpoint. Returns the manifest's entry of each file. Raises
+    CheckpointError as `check_names` does, and for values that are NaN, infinite or beyond the range
+    of the dtype; BuildError if a file cannot be written.
     """
-    split_joined(checkpoint, weights)
-    check_names(checkpoint, weights, ignored)
+    readers = dict(plain_readers(checkpoint) if readers is None else readers)
+    split_joined(readers, weights, checkpoint.root)
+    check_names(readers, weights, checkpoint.root, ignored)
     paths = [shard_name(rank, world) for rank in range(world)]
     try:
         (out_dir / paths[0]).parent.mkdir(parents=True, exist_ok=True)
@@ -194,60 +216,97 @@ def write_shards(
         writers = [stack.enter_context(ShardWriter(out_dir / path, tensors)) for path in paths]
         pool = stack.enter_context(ThreadPoolExecutor(_THREADS))
         for weight in weights:
-            scales: list[list[Array]] = [[] for _ in writers]
-            for piece in _converted(pool, checkpoint, weight, world):
+            names = [name for name, _, _ in weight.tensors()]
+            # A fraction of the words' bytes, kept because the file has them after all words.
+            later: list[list[tuple[Array, ...]]] = [[] for _ in writers]
+            for piece in _converted(pool, readers, weight, world):
                 for rank in piece.ranks:
-                    writers[rank].write(weight.tensors()[0][0], piece.data)
-                    if piece.scale is not None:
-                        scales[rank].append(piece.scale)
+                    writers[rank].write(names[0], piece.parts[0])
+                    later[rank].append(piece.parts[1:])
                     done += piece.elements
                 if progress is not None:
                     progress(done, total)
-            if weight.group is not None:
-                # An eighth of the words' bytes, kept because the file has them after all words.
-                for writer, parts in zip(writers, scales, strict=True):
+            for rank, writer in enumerate(writers):
+                for name, parts in zip(names[1:], zip(*later[rank], strict=True), strict=False):
                     for part in parts:
-                        writer.write(weight.tensors()[1][0], part)
+                        writer.write(name, part)
+                if weight.columns is not None and weight.columns.moved is not None:
+                    moved = weight.columns.moved
+                    writer.write(names[-1], moved[min(rank, len(moved) - 1)].astype(np.int32))
         return {path: writer.finish() for path, writer in zip(paths, writers, strict=True)}
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows of a weight as stored, the same for all of `ranks`; `elements` before quantization."""
+    """Rows of each tensor of a weight, the same for all of `ranks`; `elements` of the weight."""
 
     ranks: tuple[int, ...]
-    data: Array
-    scale: Array | None
+    parts: tuple[Array, ...]
     elements: int
 
 
 def _converted(
-    pool: ThreadPoolExecutor, checkpoint: Checkpoint, weight: Weight, world: int
+    pool: ThreadPoolExecutor, readers: Mapping[str, Reader], weight: Weight, world: int
 ) -> Iterator[_Piece]:
     """The pieces of a weight, in order for each rank, converted a few ahead on `pool`."""
     waiting: deque[Future[list[_Piece]]] = deque()
     for source in weight.sources:
-        for read in reads(checkpoint, source.name, source.placement, world):
+        reader = readers[source.name]
+        if source.quantized is not None and not reader.quantized:
+            reader = _Quantizing(reader, source.quantized.packing, source.name)
+        for read in reads(reader, source.placement, world, source.rows, source.columns):
             waiting.append(pool.submit(_convert, weight, source, read))
             if len(waiting) > _THREADS:
                 yield from waiting.popleft().result()
     while waiting:
         yield from waiting.popleft().result()
+    for source in weight.sources:
+        readers[source.name].release()
 
 
 def _convert(weight: Weight, source: Source, read: Read) -> list[_Piece]:
-    pieces, name = [], source.name
-    for ranks, values in read():
-        if source.plus:
-            values = _as_float(values) + np.float32(source.plus)
-        if weight.group is None:
-            data, scale = cast(values, weight.dtype, name), None
+    pieces = []
+    for ranks, parts in read():
+        if source.columns is None:
+            values = _as_float(parts[0]) + np.float32(source.plus) if source.plus else parts[0]
+            kept: tuple[Array, ...] = (cast(values, weight.dtype, source.name),)
         else:
-            pad = weight.padded_cols - values.shape[1]
-            padded = np.pad(_as_float(values), ((0, 0), (0, pad))) if pad else _as_float(values)
-            data, scale = quantize_q4(padded, weight.group, name)
-        pieces.append(_Piece(ranks, data, scale, values.size))
+            packing = source.columns.packing
+            sides = (_exactly(p, packing.scale_dtype, source.name) for p in parts[1:])
+            kept = pack(parts[0], packing.bits), *sides
+        pieces.append(_Piece(ranks, kept, len(parts[0]) * math.prod(source.local_shape[1:])))
     return pieces
+
+
+class _Quantizing:
+    """A plain weight, quantized as it is read."""
+
+    quantized = True
+
+    def __init__(self, plain: Reader, packing: Packing, name: str) -> None:
+        self.shape, self._plain = plain.shape, plain
+        self._packing, self._name = packing, name
+
+    def read(self, index: Index) -> tuple[Array, ...]:
+        """See `Reader`."""
+        return quantize(_as_float(self._plain.read(index)[0]), self._packing, self._name)
+
+    def release(self) -> None:
+        """See `Reader`."""
+
+
+def _exactly(values: Array, dtype: str, name: str) -> Array:
+    """Scales or zero points as `dtype`, which must not change them.
+
+    Raises CheckpointError, naming `name`, for NaN, infinity or a value that `dtype` cannot hold.
+    """
+    out = cast(values, dtype, name)
+    if values.dtype != out.dtype and (out.astype(np.float32) != _as_float(values)).any():
+        raise CheckpointError(
+            f"{name}: a scale of it is no {dtype} number, and would be rounded; "
+            "build with --quantization checkpoint-f32"
+        )
+    return out
 
 
 def _as_float(values: Array) -> npt.NDArray[np.floating[Any]]:

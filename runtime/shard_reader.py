@@ -29,7 +29,14 @@ Progress = Callable[[int, int], None]
 MAX_THREADS = 16
 BUFFER_BYTES = 4 << 20  # in the processor's cache when it is checked
 
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "uint8": "U8"}
+_DTYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "uint32": "U32",
+    "int32": "I32",
+    "uint8": "U8",
+}
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from shardwright.runtime.memory import of_manifest
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
-QUANTIZATIONS = ("q4f16_1", "q0f16", "q0f32")
+QUANTIZATIONS = ("q4f16_1", "q4f16_0", "q3f16_1", "q8f16_1", "fp8f16", "q0f16", "q0f32")
 TARGETS = ("cpu", "cuda", "rocm")
 
 

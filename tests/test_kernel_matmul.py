@@ -49,27 +49,6 @@ def test_matmul(n, tokens, features, inner, dtype):
     np.testing.assert_allclose(got, x.astype("float64") @ w.astype("float64").T, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("n", "tokens", "features", "inner", "group"),
-    [(1, 1, 24, 64, 32), (5, 5, 7, 96, 32), (11, None, 6, 128, 64), (3, None, 5, 40, 8)],
-)
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_q4_matmul(n, tokens, features, inner, group, dtype):
-    x = np.random.default_rng(1).standard_normal((n, inner)).astype(dtype)
-    words, scale, weight = packed_weight(features, inner, group, dtype)
-    func = matmul.q4_matmul_cpu(
-        tokens=tokens,
-        out_features=features,
-        in_features=inner,
-        group=group,
-        dtype=dtype,
-        out_dtype=dtype,
-    )
-    got = run(func, x, words, scale, out=((n, features), dtype))
-    tolerance = 1e-4 if dtype == "float32" else 5e-3
-    np.testing.assert_allclose(got, x.astype("float64") @ weight.T, atol=tolerance, rtol=2e-3)
-
-
 @pytest.mark.parametrize("tokens", [None, 6])
 def test_q4_take_of_a_sharded_vocabulary(tokens):
     ids = np.array([0, 9, 10, 19, 20, 29], "int32")

@@ -8,6 +8,8 @@ from safetensors.numpy import load_file, save_file
 
 from shardwright.compiler import slicing
 from shardwright.compiler.checkpoint import Checkpoint
+from shardwright.compiler.columns import Quantized
+from shardwright.compiler.packing import Packing, dequantize, pack
 from shardwright.compiler.placement import (
     PAD,
     Partial,
@@ -16,9 +18,15 @@ from shardwright.compiler.placement import (
     even_table,
     head_tables,
 )
-from shardwright.compiler.quantization import dequantize_q4, quantize_q4
+from shardwright.compiler.quantization import quantize
 from shardwright.compiler.shard_writer import ShardWriter
-from shardwright.compiler.weights import Source, Weight, check_names, write_shards
+from shardwright.compiler.weights import (
+    Source,
+    Weight,
+    check_names,
+    plain_readers,
+    write_shards,
+)
 from shardwright.errors import BuildError, CheckpointError, ShardingError
 from shardwright.runtime.artifact import shard_name, verify_file
 
@@ -43,8 +51,11 @@ def checkpoint(path, tensors):
     return Checkpoint.open(path)
 
 
-def source(name, placement):
-    return Source(name, TENSORS[name].shape, placement)
+Q4 = Packing(4, 32, offset=7)
+
+
+def source(name, placement, quantized=None):
+    return Source(name, TENSORS[name].shape, placement, quantized)
 
 
 def placements(world):
@@ -60,15 +71,15 @@ def placements(world):
     }
 
 
-def program(world, dtype="float32", group=None):
+def program(world, dtype="float32", quantized=None):
     p = placements(world)
-    qk = (source("q", p["q"]), source("k", p["k"]))
+    qk = (source("q", p["q"], quantized), source("k", p["k"], quantized))
     bias = (source("q.bias", p["q"]), source("k.bias", p["k"]))
     return [
-        Weight("embed.weight", (source("embed", p["embed"]),), dtype, group),
-        Weight("qk.weight", qk, dtype, group),
+        Weight("embed.weight", (source("embed", p["embed"], quantized),), dtype),
+        Weight("qk.weight", qk, dtype),
         Weight("qk.bias", bias, dtype),
-        Weight("down.weight", (source("down", p["down"]),), dtype, group),
+        Weight("down.weight", (source("down", p["down"], quantized),), dtype),
         Weight("norm.weight", (source("norm", p["norm"]),), dtype),
         Weight("experts.weight", (source("experts", p["experts"]),), dtype),
     ]
@@ -127,7 +138,7 @@ def assert_reassembles(weight, locals_):
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 8, 16])
 def test_quantized_slices_are_slices_of_the_quantized(tmp_path, monkeypatch, world, chunk):
     monkeypatch.setattr(slicing, "CHUNK", chunk)
-    weights = program(world, "float16", 32)[:4]
+    weights = program(world, "float16", Quantized(Q4))[:4]
     with checkpoint(tmp_path / "model", TENSORS) as opened:
         write_shards(opened, weights, world, tmp_path, ignored=lambda name: True)
     for rank in range(world):
@@ -136,19 +147,19 @@ def test_quantized_slices_are_slices_of_the_quantized(tmp_path, monkeypatch, wor
             words, scale = (tensors[f"{weight.name}.{part}"] for part in ("q4", "scale"))
             assert [words.shape, scale.shape] == [shape for _, shape, _ in weight.tensors()]
             wide = np.concatenate([expected(src, rank) for src in weight.sources])
-            wide = np.pad(wide, ((0, 0), (0, weight.padded_cols - wide.shape[1])))
-            np.testing.assert_array_equal(words, quantize_q4(wide)[0])
-            np.testing.assert_array_equal(scale, quantize_q4(wide)[1])
+            codes, scales = quantize(wide, Q4)
+            np.testing.assert_array_equal(scale, scales)
+            np.testing.assert_array_equal(words, pack(codes, 4))
 
 
 def test_quantized_columns_are_padded_to_whole_groups(tmp_path):
     whole = RNG.normal(size=(5, 44)).astype(np.float16)
-    weight = Weight("w", (Source("w", (5, 44), Replicate()),), "float16", 32)
+    weight = Weight("w", (Source("w", (5, 44), Replicate(), Quantized(Q4)),), "float16")
     assert weight.tensors() == [("w.q4", (5, 8), "uint32"), ("w.scale", (5, 2), "float16")]
     with checkpoint(tmp_path / "model", {"w": whole}) as opened:
         write_shards(opened, [weight], 1, tmp_path)
     tensors = load_file(tmp_path / shard_name(0, 1))
-    values = dequantize_q4(tensors["w.q4"], tensors["w.scale"])
+    values = dequantize(tensors["w.q4"], tensors["w.scale"], None, Q4)
     np.testing.assert_allclose(values[:, :44], whole, atol=np.abs(whole).max() / 13)
     assert not values[:, 44:].any()
 
@@ -208,14 +219,16 @@ def test_missing_and_leftover_tensors_are_listed(tmp_path):
         checkpoint(tmp_path / "model", tensors) as opened,
         pytest.raises(CheckpointError, match="x18 and 6 more"),
     ):
-        check_names(opened, program(1))
+        check_names(plain_readers(opened), program(1), opened.root)
 
 
 def test_ignored_leftovers(tmp_path):
     with checkpoint(tmp_path / "model", {**TENSORS, "lm_head.weight": TENSORS["embed"]}) as opened:
         with pytest.raises(CheckpointError, match=r"not in the model: lm_head\.weight"):
-            check_names(opened, program(1))
-        check_names(opened, program(1), lambda name: name == "lm_head.weight")
+            check_names(plain_readers(opened), program(1), opened.root)
+        check_names(
+            plain_readers(opened), program(1), opened.root, lambda name: name == "lm_head.weight"
+        )
 
 
 def test_wrong_shapes_are_named(tmp_path):
@@ -228,12 +241,12 @@ def test_wrong_shapes_are_named(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("group", [None, 32])
-def test_damaged_values_name_the_tensor(tmp_path, dtype, value, group):
+@pytest.mark.parametrize("quantized", [None, Quantized(Q4)])
+def test_damaged_values_name_the_tensor(tmp_path, dtype, value, quantized):
     values = np.ones((64, 64), dtype)
     values[63, 17] = value
-    weight = Weight("w", (Source("bad", (64, 64), Shard(0, 64, 1, even_table(64, 2))),), "float16")
-    weight = Weight(weight.name, weight.sources, weight.dtype, group)
+    bad = Source("bad", (64, 64), Shard(0, 64, 1, even_table(64, 2)), quantized)
+    weight = Weight("w", (bad,), "float16")
     with (
         checkpoint(tmp_path / "model", {"bad": values}) as opened,
         pytest.raises(CheckpointError, match=r"^bad: holds NaN or infinity"),
@@ -273,7 +286,10 @@ def test_placements_that_do_not_fit(tmp_path):
     with pytest.raises(ShardingError, match=r"w: cannot join .*a \(4, 8\), b \(4, 4\)"):
         Weight("w", (Source("a", (4, 8), Replicate()), Source("b", (4, 4), Replicate())), "float16")
     with pytest.raises(ShardingError, match="w: only matrices are quantized"):
-        Weight("w", (Source("a", (64,), Replicate()),), "float16", 32)
+        Source("w", (64,), Replicate(), Quantized(Q4))
+    with pytest.raises(ShardingError, match="w: cannot join weights of different formats: a, b"):
+        pair = (Source("a", (4, 8), Replicate()), Source("b", (4, 8), Replicate(), Quantized(Q4)))
+        Weight("w", pair, "float16")
     with (
         checkpoint(tmp_path / "model", TENSORS) as opened,
         pytest.raises(ShardingError, match="is for 2 ranks, not 3"),
@@ -314,8 +330,8 @@ def test_parts_of_a_joined_tensor_are_cut_apart(tmp_path):
         Source("q", TENSORS["q"].shape, p["q"], joined="qk"),
         Source("k", TENSORS["k"].shape, p["k"], joined="qk", first=first),
     )
-    stored = checkpoint(tmp_path / "joined", {"qk": joined})
-    write_shards(stored, [Weight("w", parts, "float32")], world, tmp_path)
+    quantized = checkpoint(tmp_path / "joined", {"qk": joined})
+    write_shards(quantized, [Weight("w", parts, "float32")], world, tmp_path)
     for rank in range(world):
         got = load_file(tmp_path / shard_name(rank, world))["w"]
         want = np.concatenate([expected(part, rank) for part in parts])
@@ -325,15 +341,15 @@ def test_parts_of_a_joined_tensor_are_cut_apart(tmp_path):
 def test_a_joined_tensor_of_another_length_is_named(tmp_path):
     short = Source("q", (8, HIDDEN), Replicate(), joined="qk")
     with (
-        checkpoint(tmp_path, {"qk": TENSORS["q"]}) as stored,
+        checkpoint(tmp_path, {"qk": TENSORS["q"]}) as quantized,
         pytest.raises(CheckpointError, match=r"qk is \(96, 96\), config.json says \(8, 96\)"),
     ):
-        write_shards(stored, [Weight("w", (short,), "float32")], 1, tmp_path)
+        write_shards(quantized, [Weight("w", (short,), "float32")], 1, tmp_path)
 
 
-def test_a_constant_added_to_what_is_stored(tmp_path):
+def test_a_constant_added_to_what_is_quantized(tmp_path):
     norm = Source("norm", (HIDDEN,), Replicate(), plus=1.0)
-    stored = checkpoint(tmp_path, {"norm": TENSORS["norm"]})
-    write_shards(stored, [Weight("norm.weight", (norm,), "float32")], 1, tmp_path)
+    quantized = checkpoint(tmp_path, {"norm": TENSORS["norm"]})
+    write_shards(quantized, [Weight("norm.weight", (norm,), "float32")], 1, tmp_path)
     got = load_file(tmp_path / shard_name(0, 1))["norm.weight"]
     np.testing.assert_array_equal(got, TENSORS["norm"] + np.float32(1))

@@ -14,10 +14,10 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, extent, for_blocks, for_threads, is_gpu, lanes_for
+from .common import SCHEDULED, extent, for_blocks, for_threads, is_gpu
 from .gemv import gemv, q4_gemv
 
-__all__ = ["gemv", "matmul_cpu", "q4_dequantize", "q4_gemv", "q4_matmul_cpu", "q4_take"]
+__all__ = ["gemv", "matmul_cpu", "q4_dequantize", "q4_gemv", "q4_take"]
 
 TOKEN_TILE = 8  # tokens that share one reading (and one unpacking) of the weight on a CPU
 
@@ -72,76 +72,6 @@ def matmul_cpu(
                                 out[t0 * tile + t, o * rows + r] = T.cast(total, out_dtype)
 
     return matmul_cpu
-
-
-def q4_matmul_cpu(
-    *,
-    tokens: int | None,
-    out_features: int,
-    in_features: int,
-    group: int,
-    dtype: str,
-    out_dtype: str,
-) -> tirx.PrimFunc:
-    """`(x [n,K], packed [N,K/8] u32, scale [N,K/group]) -> x @ w.T [n,N]` for CPUs.
-
-    Float32 accumulation, parallel over rows; each group is unpacked once for up to eight tokens.
-    """
-    n = extent(tokens)
-    tile = min(tokens or TOKEN_TILE, TOKEN_TILE)
-    lanes = lanes_for(group)
-    groups = in_features // group
-
-    @T.prim_func(s_tir=True)
-    def q4_matmul_cpu(x_h: T.handle, packed_h: T.handle, scale_h: T.handle, out_h: T.handle):
-        T.func_attr(SCHEDULED)
-        x = T.match_buffer(x_h, (n, in_features), dtype)
-        packed = T.match_buffer(packed_h, (out_features, in_features // 8), "uint32")
-        scale = T.match_buffer(scale_h, (out_features, groups), dtype)
-        out = T.match_buffer(out_h, (n, out_features), out_dtype)
-        with T.sblock("root"):
-            T.reads()
-            T.writes()
-            for o in T.parallel(out_features):
-                acc = T.alloc_buffer((tile, lanes), "float32", scope="local")
-                row = T.alloc_buffer((group,), "float32", scope="local")
-                for t0 in T.serial(T.ceildiv(n, tile)):
-                    for t in T.unroll(tile):
-                        for l in T.vectorized(lanes):
-                            acc[t, l] = T.float32(0)
-                    for g in T.serial(groups):
-                        factor: T.let[T.float32] = T.cast(scale[o, g], "float32")
-                        for i in T.unroll(group // 8):
-                            for l in T.vectorized(8):
-                                row[i * 8 + l] = factor * T.cast(
-                                    T.cast(
-                                        T.bitwise_and(
-                                            T.shift_right(
-                                                packed[o, g * (group // 8) + i],
-                                                T.cast(l * 4, "uint32"),
-                                            ),
-                                            T.uint32(15),
-                                        ),
-                                        "int32",
-                                    )
-                                    - 7,
-                                    "float32",
-                                )
-                        for c in T.unroll(group // lanes):
-                            for t in T.unroll(tile):
-                                for l in T.vectorized(lanes):
-                                    acc[t, l] = acc[t, l] + row[c * lanes + l] * T.cast(
-                                        x[T.min(t0 * tile + t, n - 1), g * group + c * lanes + l],
-                                        "float32",
-                                    )
-                    for t in T.serial(tile):
-                        if t0 * tile + t < n:
-                            total: T.float32 = T.float32(0)
-                            for l in T.serial(lanes):
-                                total = total + acc[t, l]
-                            out[t0 * tile + t, o] = T.cast(total, out_dtype)
-
-    return q4_matmul_cpu
 
 
 def q4_take(

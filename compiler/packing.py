@@ -1,0 +1,118 @@
+"""How the codes of a quantized weight lie in memory: the formats that the kernels read.
+
+A weight `[N, K]` is words uint32 `[N, K / per_word]`, the first code in the lowest bits, a scale
+`[N, K / group]` and, where the format has them, zero points of the scale's shape and dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+Codes = npt.NDArray[np.uint8]
+Words = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """One format. Element = `(code - offset) * scale`, or `(code - zero) * scale` with `zeros`.
+
+    `code` "e4m3" is a float of 4 exponent and 3 mantissa bits (arXiv:2209.05433, without infinity)
+    in place of an integer: element = `code * scale`. `group` elements of a row share a scale.
+    """
+
+    bits: Literal[3, 4, 8]
+    group: int
+    code: Literal["int", "e4m3"] = "int"
+    offset: int = 0
+    zeros: bool = False
+    scale_dtype: str = "float16"
+
+    @property
+    def per_word(self) -> int:
+        """Codes in a word; with three bits two bits of a word are left over."""
+        return 32 // self.bits
+
+    @property
+    def unit(self) -> int:
+        """Elements that kernels take at a time: whole words, sixteen bytes, within one group."""
+        unit = 4 * self.per_word
+        while self.group % unit:
+            unit //= 2
+        return unit
+
+    @property
+    def suffix(self) -> str:
+        """Last part of the name of the words' tensor."""
+        return "e4m3" if self.code == "e4m3" else f"q{self.bits}"
+
+    def is_q4(self, dtype: str) -> bool:
+        """Whether it is the format of the four-bit kernels, for activations of `dtype`."""
+        int4 = (self.bits, self.code, self.offset, self.zeros) == (4, "int", 7, False)
+        return int4 and self.scale_dtype == dtype
+
+    def attributes(self) -> tuple[int, int, int]:
+        """Bits, offset and whether the codes are floats: with the tensors' shapes all there is."""
+        return self.bits, self.offset, int(self.code == "e4m3")
+
+
+def pack(codes: Codes, bits: int) -> Words:
+    """Words `[rows, cols / per_word]` of `codes` `[rows, cols]`; cols must be whole words."""
+    rows, cols = codes.shape
+    per_word = 32 // bits
+    words: Words = np.zeros((rows, cols // per_word), np.uint32)
+    if bits == 8:
+        words[:] = np.ascontiguousarray(codes).view("<u4")
+        return words
+    if bits == 4:
+        # Two codes, a byte each, seen as one 16-bit number; the high byte's four bits move down.
+        pairs = np.ascontiguousarray(codes).view("<u2")
+        pairs = pairs | (pairs >> 4)
+        words[:] = pairs.astype(np.uint8).view("<u4")
+        return words
+    for i in range(per_word):
+        words |= codes[:, i::per_word].astype(np.uint32) << np.uint32(bits * i)
+    return words
+
+
+def unpack(words: npt.NDArray[Any], bits: int) -> Codes:
+    """Codes `[rows, cols * per_word]` of 32-bit words `[rows, cols]`, the reverse of `pack`."""
+    rows = len(words)
+    bytes_: Codes = np.ascontiguousarray(words).astype("<u4", copy=False).view(np.uint8)
+    if bits == 8:
+        return bytes_
+    if bits == 4:
+        codes = np.empty((rows, bytes_.shape[1], 2), np.uint8)
+        np.bitwise_and(bytes_, 15, out=codes[..., 0])
+        np.right_shift(bytes_, 4, out=codes[..., 1])
+        return codes.reshape(rows, -1)
+    shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
+    wide = (words.view(np.uint32)[..., None] >> shifts) & np.uint32((1 << bits) - 1)
+    narrow: Codes = wide.astype(np.uint8).reshape(rows, -1)
+    return narrow
+
+
+def decode(codes: Codes, packing: Packing) -> npt.NDArray[np.float32]:
+    """The numbers that codes stand for before zero points and scales."""
+    floats = packing.code == "e4m3"
+    plain = codes.view(ml_dtypes.float8_e4m3fn) if floats else codes
+    values: npt.NDArray[np.float32] = plain.astype(np.float32)
+    return values if floats else values - np.float32(packing.offset)
+
+
+def dequantize(
+    words: Words,
+    scale: npt.NDArray[Any],
+    zero: npt.NDArray[Any] | None,
+    packing: Packing,
+) -> npt.NDArray[np.float32]:
+    """The weight `[N, K]` that the tensors stand for, computed in float32."""
+    values = decode(unpack(words, packing.bits), packing)
+    if zero is not None:
+        values -= np.repeat(zero.astype(np.float32), packing.group, axis=1)
+    values *= np.repeat(scale.astype(np.float32), packing.group, axis=1)
+    return values
