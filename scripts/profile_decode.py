@@ -1,6 +1,7 @@
 """Per-kernel times of a decode step, from a trace of the replayed graph on rank 0's GPU.
 
     python scripts/profile_decode.py dist/NAME [--context 256] [--steps 64]
+    python scripts/profile_decode.py dist/NAME --prompt 2048      of a prefill instead
 
 Needs torch, whose profiler reads CUDA's activity records (CUPTI). Times of a kernel are from its
 start to its end on the device; `gap` is the time in a step in which no kernel runs. Recording makes
@@ -18,8 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 
-def record(path: str, context: int, steps: int) -> list[tuple[str, float, float]]:
-    """(name, start, duration) in microseconds of every kernel of `steps` steps, in order."""
+def record(path: str, context: int, steps: int, prompts: int) -> list[tuple[str, float, float]]:
+    """(name, start, duration) in microseconds of every kernel, in order.
+
+    Of `steps` steps after a prompt of `context` tokens, or of `prompts` such prompts instead.
+    """
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -33,14 +37,21 @@ def record(path: str, context: int, steps: int) -> list[tuple[str, float, float]
         warm = SamplingParams(max_new_tokens=4, eos=())
         for _ in session.generate([prompt[::-1]], warm):
             pass
-        generation = session.generate([prompt], SamplingParams(max_new_tokens=steps + 32, eos=()))
-        for _ in range(16):  # past the prefill, and with several steps in flight
-            next(generation)
-        with profile(activities=[ProfilerActivity.CUDA]) as trace:
-            for _ in range(steps):
+        one = SamplingParams(max_new_tokens=1, eos=())
+        if prompts:
+            with profile(activities=[ProfilerActivity.CUDA]) as trace:
+                for _ in range(prompts):
+                    list(session.generate([prompt], one))
+        else:
+            several = SamplingParams(max_new_tokens=steps + 32, eos=())
+            generation = session.generate([prompt], several)
+            for _ in range(16):  # past the prefill, and with several steps in flight
                 next(generation)
-        for _ in generation:
-            pass
+            with profile(activities=[ProfilerActivity.CUDA]) as trace:
+                for _ in range(steps):
+                    next(generation)
+            for _ in generation:
+                pass
     events = [
         (e.name, e.time_range.start, e.time_range.elapsed_us())
         for e in trace.events()
@@ -53,9 +64,11 @@ def record(path: str, context: int, steps: int) -> list[tuple[str, float, float]
 @click.argument("artefact")
 @click.option("--context", default=256, show_default=True, help="Tokens in the cache at the start.")
 @click.option("--steps", default=64, show_default=True, help="Steps to record.")
-def main(artefact: str, context: int, steps: int) -> None:
-    """Print kernels by their time in a step."""
-    events = [e for e in record(artefact, context, steps) if not e[0].startswith("Mem")]
+@click.option("--prompt", default=0, help="Record prefills of so many tokens instead of steps.")
+def main(artefact: str, context: int, steps: int, prompt: int) -> None:
+    """Print kernels by their time in a step, or in a prefill."""
+    recorded = record(artefact, prompt or context, steps, 4 if prompt else 0)
+    events = [e for e in recorded if not e[0].startswith("Mem")]
     # A step ends with its sampler; the first and the last may be cut off.
     ends = [i for i, e in enumerate(events) if "sample_kernel" in e[0]]
     inside = events[ends[0] + 1 : ends[-1] + 1]
@@ -65,7 +78,8 @@ def main(artefact: str, context: int, steps: int) -> None:
         times[re.sub(r"<.*|\(.*", "", name)].append(elapsed)
     span = (inside[-1][1] + inside[-1][2] - inside[0][1]) / count
     busy = sum(e[2] for e in inside) / count
-    table = Table(title=f"{artefact}: {count} steps of {span:.1f} us")
+    what = f"prompts of {prompt} tokens" if prompt else "steps"
+    table = Table(title=f"{artefact}: {count} {what}, {span:.1f} us each")
     for column in ("kernel", "per step", "us each", "us per step", "share"):
         table.add_column(column, justify="left" if column == "kernel" else "right")
     for name, values in sorted(times.items(), key=lambda item: -sum(item[1])):
