@@ -14,6 +14,7 @@ from tvm import relax, te
 
 from shardwright.compiler.fuse import FUSIONS
 from shardwright.compiler.kernels import (
+    activation,
     all_reduce,
     attention,
     attention_cuda,
@@ -328,6 +329,11 @@ def _gated_linear(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> rela
         relax.call_dps_packed(f"shardwright.{name}", relax.Tuple(args), out_ty=whole)
     )
     y = k.bb.emit(lowering(k, product, args))
+    if k.target != "cpu":
+        kernel = k.kernel(
+            activation.silu_mul, tokens=_tokens(k, y), features=half, dtype=str(call.ty.dtype)
+        )
+        return relax.call_tir(kernel, [y], call.ty)
     gate = k.bb.emit(relax.op.strided_slice(y, [1], [0], [half]))
     up = k.bb.emit(relax.op.strided_slice(y, [1], [half], [2 * half]))
     return relax.op.multiply(k.bb.emit(relax.op.nn.silu(gate)), up)

@@ -121,7 +121,8 @@ def all_cases(tune: bool) -> list[dict[str, Any]]:
         name = f"q4_gemm_{n}_{rows}_{k}_{group}"
         cases.append(dict(kind="q4_gemm", name=name, n=n, rows=rows, k=k, group=group))
     cases += [
-        dict(kind=k, name=k) for k in ("rotary", "norm", "sample", "store", "take", "dequantize")
+        dict(kind=k, name=k)
+        for k in ("rotary", "norm", "sample", "store", "take", "dequantize", "silu_mul")
     ]
     return cases
 
@@ -161,6 +162,7 @@ def build(directory: Path, archs: tuple[str, ...], tune: bool, only: str) -> Non
 
     from shardwright.compiler.cuda import cuda_target, install_hook
     from shardwright.compiler.kernels import (
+        activation,
         attention,
         attention_cuda,
         gemv,
@@ -241,6 +243,7 @@ def build(directory: Path, archs: tuple[str, ...], tune: bool, only: str) -> Non
     funcs["dequantize"] = matmul.q4_dequantize(
         out_features=28672, in_features=4096, group=32, dtype="float16", target="cuda"
     )
+    funcs["silu_mul"] = activation.silu_mul(tokens=None, features=14336, dtype="float16")
     funcs["q4_gemm_image"] = q4_gemm.q4_gemm_image()
     for group in {group for *_, group in Q4_GEMM}:
         funcs[f"q4_gemm_{group}"] = q4_gemm.q4_gemm(group=group)
@@ -355,6 +358,17 @@ class _Runner:
         us = self.time(calls)
         bound = 6e-3 if case.get("gated") else 2e-3  # a product of two such sums
         self.report(case, error, bound, us=us, TBps=size / us / 1e6, plan=case["used"])
+
+    def silu_mul(self, case: dict[str, Any]) -> None:
+        torch = self.torch
+        y = torch.randn(2048, 28672, device="cuda").half()
+        out = torch.full((2048, 14336), torch.nan, device="cuda").half()
+        self.call("silu_mul", y, out)
+        gate, up = y.float().chunk(2, 1)
+        want = torch.nn.functional.silu(gate) * up
+        error = (out.float() - want).abs().max().item() / want.abs().max().item()
+        us = self.time([lambda: self.call("silu_mul", y, out)])
+        self.report(case, error, 1e-3, us=us, GBps=6 * out.numel() / us / 1e3)
 
     def q4_gemm(self, case: dict[str, Any]) -> None:
         torch = self.torch

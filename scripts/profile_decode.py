@@ -33,15 +33,17 @@ def record(path: str, context: int, steps: int, prompts: int) -> list[tuple[str,
     torch.cuda.init()
     with Session(path) as session:
         vocab = session.manifest.model.vocab_size
-        prompt = np.random.default_rng(0).integers(3, vocab, context).tolist()
+        # Different ones, because a prompt's beginning that is in the cache is not computed again.
+        drawn = np.random.default_rng(0).integers(3, vocab, (prompts + 1, context)).tolist()
+        prompt, *others = drawn
         warm = SamplingParams(max_new_tokens=4, eos=())
         for _ in session.generate([prompt[::-1]], warm):
             pass
         one = SamplingParams(max_new_tokens=1, eos=())
         if prompts:
             with profile(activities=[ProfilerActivity.CUDA]) as trace:
-                for _ in range(prompts):
-                    list(session.generate([prompt], one))
+                for other in others:
+                    list(session.generate([other], one))
         else:
             several = SamplingParams(max_new_tokens=steps + 32, eos=())
             generation = session.generate([prompt], several)
