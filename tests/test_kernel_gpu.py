@@ -84,7 +84,7 @@ def test_prefill_attention_on_cuda(arch, head_dim, softcap):
     )  # fmt: skip
     text = source(func)
     assert f"Sizes<6, 2, {head_dim}, 16, " in text
-    shared = int(re.search(r"staged = T.alloc_buffer\(\((\d+),\)", func.script())[1])
+    shared = int(re.search(r"attention_shared = T.alloc_buffer\(\((\d+),\)", func.script())[1])
     # What every GPU of that generation has for a block.
     assert shared <= (99 if arch < 90 else 227) * 1024
 

@@ -346,7 +346,7 @@ def prefill_attention(
                 for i in T.thread_binding(tiles, thread="blockIdx.y"):
                     for tid in T.thread_binding(_PREFILL_THREADS, thread="threadIdx.x"):
                         launch_dependents(target)
-                        staged = T.alloc_buffer((shared,), "uint8", scope="shared.dyn")
+                        attention_shared = T.alloc_buffer((shared,), "uint8", scope="shared.dyn")
                         T.evaluate(
                             T.cuda.func_call(
                                 name,
@@ -367,7 +367,7 @@ def prefill_attention(
                                 T.cast(tiles - 1 - i, "int32"),
                                 head,
                                 tid,
-                                staged.data,
+                                attention_shared.data,
                                 source_code=source,
                             )
                         )

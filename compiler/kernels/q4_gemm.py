@@ -120,7 +120,8 @@ def q4_gemm(*, group: int) -> tirx.PrimFunc:
                 T.ceildiv(n, TILE) * T.ceildiv(rows, _ROWS), thread="blockIdx.x"
             ):
                 for _tid in T.thread_binding(_THREADS, thread="threadIdx.x"):
-                    shared = T.alloc_buffer((_SHARED_BYTES,), "uint8", scope="shared.dyn")
+                    # CUDA code knows it by this name and one type in all kernels of a library.
+                    q4_gemm_shared = T.alloc_buffer((_SHARED_BYTES,), "uint8", scope="shared.dyn")
                     T.evaluate(
                         T.cuda.func_call(
                             "shardwright_q4_gemm",
@@ -128,7 +129,7 @@ def q4_gemm(*, group: int) -> tirx.PrimFunc:
                             packed.data,
                             scale.data,
                             out.data,
-                            shared.data,
+                            q4_gemm_shared.data,
                             T.cast(n, "int32"),
                             T.cast(rows, "int32"),
                             T.cast(inner, "int32"),

@@ -202,43 +202,51 @@ def rotary_append(
     def high(j: Any) -> Any:
         return j + half if turning == half else j + T.if_then_else(j < turning, turning, half)
 
+    # Of many tokens a block takes several heads: it would be done before the next one is launched.
+    together = max(1, min(8, 512 // half)) if gpu and tokens is None else 1
+
+    def each_heads() -> Any:
+        return T.thread_binding(-(-parts // together), thread="blockIdx.y") if gpu else T.serial(1)
+
     def each_head() -> Any:
-        return T.thread_binding(parts, thread="blockIdx.y") if gpu else T.serial(parts)
+        return T.thread_binding(together, thread="threadIdx.y") if gpu else T.serial(parts)
 
     def each_pair() -> Any:
         return T.thread_binding(half, thread="threadIdx.x") if gpu else T.serial(half)
 
     @T.inline
     def body(q, k, v, table, k_pages, v_pages, page_table, rows, positions, layer, q_rot):
-        # One block per token and head (query heads, then key heads, then value heads), one thread
-        # per pair.
+        # One block per token and head or heads (query heads, then key heads, then value heads), one
+        # thread per pair.
         for t in for_blocks(n, gpu):
-            for part in each_head():
-                for j in each_pair():
-                    launch_dependents(target)
-                    wait_for_inputs(target)
-                    if part < heads:
-                        q0: T.let = turned(q, t, part, 0, table, j)[0]
-                        q1: T.let = turned(q, t, part, 0, table, j)[1]
-                        q_rot[t, part, low(j)] = q0
-                        q_rot[t, part, high(j)] = q1
-                    else:
-                        position: T.let[T.int32] = positions[t]
-                        if position >= 0:
-                            page: T.let[T.int32] = page_table[rows[t], position // page_size]
-                            slot: T.let[T.int32] = position % page_size
-                            if part < heads + kv_heads:
-                                h: T.let[T.int32] = part - heads
-                                k0: T.let = turned(k, t, part, heads, table, j)[0]
-                                k1: T.let = turned(k, t, part, heads, table, j)[1]
-                                k_pages[layer, page, h, slot, low(j)] = k0
-                                k_pages[layer, page, h, slot, high(j)] = k1
-                            else:
-                                g: T.let[T.int32] = part - heads - kv_heads
-                                v0: T.let = read(v, t, part, heads + kv_heads, j)
-                                v1: T.let = read(v, t, part, heads + kv_heads, j + half)
-                                v_pages[layer, page, g, slot, j] = v0
-                                v_pages[layer, page, g, slot, j + half] = v1
+            for y in each_heads():
+                for z in each_head():
+                    for j in each_pair():
+                        launch_dependents(target)
+                        wait_for_inputs(target)
+                        part: T.let[T.int32] = y * together + z
+                        if part < heads:
+                            q0: T.let = turned(q, t, part, 0, table, j)[0]
+                            q1: T.let = turned(q, t, part, 0, table, j)[1]
+                            q_rot[t, part, low(j)] = q0
+                            q_rot[t, part, high(j)] = q1
+                        else:
+                            position: T.let[T.int32] = positions[t]
+                            if position >= 0 and part < parts:
+                                page: T.let[T.int32] = page_table[rows[t], position // page_size]
+                                slot: T.let[T.int32] = position % page_size
+                                if part < heads + kv_heads:
+                                    h: T.let[T.int32] = part - heads
+                                    k0: T.let = turned(k, t, part, heads, table, j)[0]
+                                    k1: T.let = turned(k, t, part, heads, table, j)[1]
+                                    k_pages[layer, page, h, slot, low(j)] = k0
+                                    k_pages[layer, page, h, slot, high(j)] = k1
+                                else:
+                                    g: T.let[T.int32] = part - heads - kv_heads
+                                    v0: T.let = read(v, t, part, heads + kv_heads, j)
+                                    v1: T.let = read(v, t, part, heads + kv_heads, j + half)
+                                    v_pages[layer, page, g, slot, j] = v0
+                                    v_pages[layer, page, g, slot, j + half] = v1
 
     if joined:
 
