@@ -32,8 +32,8 @@ class Product:
 @pytest.mark.parametrize(
     ("target", "disabled", "called"),
     [
-        ({"kind": "cuda", "arch": "sm_90a"}, frozenset(), True),
-        ({"kind": "cuda", "arch": "sm_90a"}, frozenset({CUBLAS_PASS}), False),
+        ({"kind": "cuda", "arch": "sm_90"}, frozenset(), True),
+        ({"kind": "cuda", "arch": "sm_90"}, frozenset({CUBLAS_PASS}), False),
         ({"kind": "llvm"}, frozenset(), False),
     ],
 )
