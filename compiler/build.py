@@ -35,6 +35,7 @@ from shardwright.errors import UsageError
 from shardwright.model_defs import family_of
 from shardwright.model_defs.layers import Stored
 from shardwright.runtime import artifact, memory
+from shardwright.runtime.artifact import KERNELS
 
 MAX_RANKS = 16
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -160,6 +161,8 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
         )
     _check_memory(options, weights, state.values(), compiled.workspace_bytes)
     files = {"model.so": artifact.file_entry(library)}
+    if options.target == "rocm":
+        files[KERNELS] = artifact.file_entry(options.out / KERNELS)
     if with_weights:
         files |= _write_weights(checkpoint, program, config, options, progress)
     files |= _copy_tokenizer(checkpoint, options.out)
@@ -339,11 +342,11 @@ def compile_program(
     mods, workspaces, functions, libraries = zip(*compiled, strict=True)
     mod = tvm.IRModule({gv: func for mod in mods for gv, func in mod.functions_items()})
     if arch:
-        executable = rocm.build(mod, targets)
+        rocm.build(mod, targets, library)
     else:
         with targets[0]:
             executable = relax.build(mod, targets[0], relax_pipeline=None)
-    executable.export_library(str(library))
+        executable.export_library(str(library))
     return Compiled(max(workspaces), functions[0], libraries[0])
 
 

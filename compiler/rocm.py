@@ -1,8 +1,9 @@
 """AMD GPU code ahead of time, on a build machine without a GPU and without ROCm.
 
 TVM's code generator ends in two Python hooks: one names bitcode to link with, which is not needed
-here and serves to choose the code object version, the other links the object file. Both are ours.
-Two miscompiles of this TVM have their remedies here: see `PASS_CONFIG` and `rocm_target`.
+here and serves to choose the code object version and to bring a barrier of ours, the other links
+the object file. Two miscompiles of this TVM have their remedies here: see `PASS_CONFIG` and
+`rocm_barrier.ll`.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ import tvm
 import tvm_ffi
 from tvm import relax, tirx
 
+from shardwright.compiler import rocm_check
 from shardwright.errors import BuildError, UsageError
+from shardwright.runtime.code_object import CodeObject, KernelCode, code_objects, write_kernels
 
 MIN_LLD = 19
 """The first LLD that reads the objects of TVM's LLVM."""
+
+BARRIER = Path(__file__).with_name("rocm_barrier.ll")
 
 ROCM_LLD = "/opt/rocm/llvm/bin/ld.lld"
 
@@ -66,9 +71,10 @@ class Arch:
     @property
     def attributes(self) -> list[str]:
         """LLVM's target features that differ from the default."""
-        # With back-off barriers LLVM leaves it to the hardware to wait for memory operations
-        # before a barrier; it waits for none of the local data share.
-        features = ["-back-off-barrier"]
+        features = []
+        if self.generation >= 10:
+            # A block stays on one compute unit, whose first-level cache its waves share.
+            features.append("+cumode")
         if self.generation >= 11:
             # Keeps to instructions that other tools decode as well.
             features.append("-real-true16")
@@ -124,14 +130,45 @@ def rocm_targets(archs: tuple[str, ...]) -> tuple[tvm.target.Target, ...]:
     return tuple(rocm_target(arch) for arch in dict.fromkeys(archs))
 
 
-def build(mod: tvm.IRModule, targets: tuple[tvm.target.Target, ...]) -> relax.VMExecutable:
-    """Compile VM code and kernels, which `for_arch` has bound to their targets."""
+def build(mod: tvm.IRModule, targets: tuple[tvm.target.Target, ...], library: Path) -> None:
+    """Compile VM code and kernels, which `for_arch` has bound to their targets, to `library`.
+
+    What came out is checked, see `rocm_check`, and not written if it is not right (BuildError).
+    `kernels.json` beside the library says what is in it.
+    """
     with (
         tvm.transform.PassContext(config=PASS_CONFIG),
         targets[0],
         without_device_warnings(),
     ):
-        return relax.build(mod, targets[0], relax_pipeline=None)
+        executable = relax.build(mod, targets[0], relax_pipeline=None)
+    with tempfile.TemporaryDirectory(prefix=".shardwright-", dir=library.parent) as directory:
+        unchecked = Path(directory) / library.name
+        executable.export_library(str(unchecked))
+        codes = check_modules(executable.mod, code_objects(unchecked))
+        unchecked.rename(library)
+    write_kernels(library.parent, codes)
+
+
+def check_modules(root: tvm.runtime.Module, found: list[CodeObject]) -> list[KernelCode]:
+    """Check every AMD module below `root` against its code object; see `rocm_check.check`."""
+    modules, pending = [], [root]
+    while pending:
+        module = pending.pop()
+        if module.kind == "hip":
+            modules.append(module)
+        pending.extend(module.imports)
+    codes = []
+    for module in modules:
+        assembly = module.inspect_source("asm")
+        match = re.search(r"\.amdgcn_target \"\S*(gfx\w+)\"", assembly)
+        arch = ARCHS[match[1]] if match else None
+        objects = [o for o in found if arch is not None and o.arch == arch.name]
+        if arch is None or len(objects) != 1:
+            raise BuildError("the library does not hold one code object for each architecture")
+        ir = module.inspect_source("llvm")
+        codes += rocm_check.check(arch.name, arch.wave, MAX_THREADS, ir, assembly, objects[0])
+    return codes
 
 
 @contextlib.contextmanager
@@ -206,10 +243,9 @@ def install_hooks(abi: int) -> None:
     if abi not in ABIS:
         raise UsageError(f"--rocm-abi {abi}: must be one of {', '.join(map(str, ABIS))}")
     linker = find_linker()
-    version = Path(__file__).with_name(f"rocm_abi_{abi}.ll")
 
     def bitcode() -> list[str]:
-        return [str(version)]
+        return [str(Path(__file__).with_name(f"rocm_abi_{abi}.ll")), str(BARRIER)]
 
     def link(code: bytes) -> bytes:
         return _link(linker, bytes(code))
@@ -217,6 +253,7 @@ def install_hooks(abi: int) -> None:
     tvm_ffi.register_global_func("tvm_callback_rocm_bitcode_path", bitcode, override=True)
     tvm_ffi.register_global_func("tvm_callback_rocm_link", link, override=True)
     _register_shuffle()
+    _register_barrier()
 
 
 def find_linker() -> list[str]:
@@ -282,6 +319,18 @@ def _register_shuffle() -> None:
         return tirx.reinterpret(value.ty.dtype, moved)
 
     tirx.register_intrin_lowering("tirx.tvm_warp_shuffle_xor", target="rocm", f=lower, level=11)
+
+
+@functools.cache
+def _register_barrier() -> None:
+    """`tvm_storage_sync` of shared memory becomes the barrier of `rocm_barrier.ll`."""
+
+    def lower(call: Any) -> Any:
+        if call.args[0].value != "shared":
+            return call
+        return tirx.call_extern("int32", "shardwright_barrier")
+
+    tirx.register_intrin_lowering("tirx.tvm_storage_sync", target="rocm", f=lower, level=11)
 
 
 def _lane() -> Any:

@@ -25,6 +25,9 @@ SCHEMA = 1
 
 MANIFEST = "manifest.json"
 
+KERNELS = "kernels.json"
+"""Of a library for AMD GPUs: what the build counted in each kernel, see `code_object`."""
+
 CUBLAS = "cublas"
 """NVIDIA's library of matrix products, in `Manifest.libraries`."""
 

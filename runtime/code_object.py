@@ -6,14 +6,17 @@ code object V3 and later: a note of type NT_AMDGPU_METADATA holds a MessagePack 
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from shardwright.errors import ArtifactError
+from shardwright.runtime.artifact import KERNELS
 
 _EM_AMDGPU = 224
 _ELFOSABI_AMDGPU_HSA = 64
@@ -58,6 +61,65 @@ class CodeObject:
     """Of the code object: 5 or 6."""
     kernels: tuple[Kernel, ...]
     data: bytes
+
+
+@dataclass(frozen=True)
+class KernelCode:
+    """What the build counted in a kernel's instructions."""
+
+    arch: str
+    name: str
+    instructions: int
+    wide_loads: int
+    """Loads of 16 bytes from global memory."""
+    loads: int
+    """All loads from global memory."""
+    stores: int
+    shared: int
+    """Accesses to the local data share."""
+    matrix: int
+    """Matrix instructions: MFMA or WMMA."""
+    barriers: int
+
+
+def write_kernels(directory: Path, codes: Iterable[KernelCode]) -> None:
+    """Write `kernels.json`, one kernel a line."""
+    lines = ",\n".join(" " + json.dumps(asdict(code)) for code in codes)
+    (directory / KERNELS).write_text(f"[\n{lines}\n]\n")
+
+
+def read_kernels(directory: Path) -> list[KernelCode]:
+    """Read `kernels.json`; ArtifactError if it is missing or damaged."""
+    path = directory / KERNELS
+    try:
+        return [KernelCode(**entry) for entry in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{path}: missing or damaged ({error}); build it again") from None
+
+
+def occupancy(arch: str, kernel: Kernel) -> int:
+    """Waves of a kernel that a SIMD unit can hold, as its registers and shared memory allow.
+
+    Blocks are taken to have `kernel.max_threads` threads. Register files, waves and shared memory
+    are those of LLVM's GCNSubtarget and AMD's ISA guides: 512 registers a lane and 8 waves on
+    CDNA 2 and 3, 1024 and 16 on RDNA 2 and RDNA 3, and 1536 on gfx1100 and gfx1101.
+    """
+    if arch.startswith("gfx9"):
+        unified = arch != "gfx908"
+        registers, unit, most, simds = (512 if unified else 256), (8 if unified else 4), None, 4
+        most = 8 if unified else 10
+    else:
+        large = arch in ("gfx1100", "gfx1101")
+        registers, unit, simds = (1536 if large else 1024), (24 if large else 16), 2
+        most = 16
+        if arch.startswith("gfx103"):
+            unit = 8
+    by_registers = registers // (-(-max(kernel.vgprs, 1) // unit) * unit)
+    waves = -(-kernel.max_threads // kernel.wave)
+    by_shared = most
+    if kernel.shared_bytes:
+        by_shared = max(65536 // kernel.shared_bytes * waves // simds, 1)
+    return min(most, by_registers, by_shared)
 
 
 def code_objects(library: str | os.PathLike[str]) -> list[CodeObject]:

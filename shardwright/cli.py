@@ -24,6 +24,7 @@ import click
 from shardwright import __version__, planning
 from shardwright.console import (
     TerminalProgress,
+    print_kernels,
     print_manifest,
     rank_memory,
     show,
@@ -338,9 +339,11 @@ def plan(
 @click.option("--tensors", is_flag=True, help="List every weight with shape and placement.")
 @click.option("--verify", is_flag=True, help="Check the length and checksum of every file.")
 def inspect(directory: Path, tensors: bool, verify: bool) -> None:
-    """Show what a built model is and what it needs."""
+    """Show what a built model is and what it needs; for AMD GPUs, what its kernels use."""
     manifest = load_manifest(directory)
     print_manifest(manifest, tensors=tensors)
+    if manifest.target.kind == "rocm":
+        print_kernels(directory)
     if verify:
         verify_files(directory, manifest)
         click.echo(f"{len(manifest.files)} files verified")

@@ -20,11 +20,18 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from shardwright.runtime.artifact import Manifest, verify_file
+from shardwright.errors import ArtifactError
+from shardwright.runtime.artifact import KERNELS, Manifest, verify_file
+from shardwright.runtime.code_object import code_objects, occupancy, read_kernels
 from shardwright.runtime.memory import CACHE, tensor_bytes
 
 _TEXT = ("name", "use", "sha256", "local shape", "dtype", "placement")
 """Columns that are no numbers."""
+
+_KERNEL_COLUMNS = (
+    *("wave", "VGPRs", "SGPRs", "spills", "LDS", "scratch", "waves a SIMD"),
+    *("instructions", "16-byte loads", "loads", "stores", "matrix"),
+)
 
 
 class TerminalProgress:
@@ -128,6 +135,31 @@ def show(part: Table | str) -> None:
         console.print(part)
     # rich fills every line up to the table's width.
     print("\n".join(line.rstrip() for line in shown.get().rstrip().splitlines()))
+
+
+def print_kernels(directory: Path) -> None:
+    """Print what a library for AMD GPUs and its build say of each kernel.
+
+    Raises ArtifactError if the library or `kernels.json` is damaged.
+    """
+    counted = {(code.arch, code.name): code for code in read_kernels(directory)}
+    for found in code_objects(directory / "model.so"):
+        title = f"Kernels for {found.arch}, code object version {found.version}"
+        part = table(title, "name", *_KERNEL_COLUMNS)
+        for kernel in found.kernels:
+            code = counted.get((found.arch, kernel.name))
+            if code is None:
+                raise ArtifactError(
+                    f"{directory}: {kernel.name} is not in {KERNELS}; build the model again"
+                )
+            values = (
+                *(kernel.wave, kernel.vgprs, kernel.sgprs, kernel.vgpr_spills + kernel.sgpr_spills),
+                *(kernel.shared_bytes, kernel.private_bytes, occupancy(found.arch, kernel)),
+                *(code.instructions, code.wide_loads, code.loads, code.stores, code.matrix),
+            )
+            part.add_row(kernel.name, *map(str, values))
+        print()
+        show(part)
 
 
 def verify_files(directory: Path, manifest: Manifest) -> None:

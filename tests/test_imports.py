@@ -50,6 +50,7 @@ EXCEPTIONS = {
     "model_defs/layers.py": ("tvm.relax", "tvm.tirx"),
     # Finding CUDA libraries and compiling a C++ file are the same task on both sides.
     "compiler/rocm.py": ("shardwright.runtime.code_object",),
+    "compiler/rocm_check.py": ("shardwright.runtime.code_object",),
     "compiler/cuda.py": ("shardwright.runtime.native", "shardwright.runtime.tvm_runtime"),
 }
 

@@ -1,15 +1,18 @@
 """AMD targets, the linker, and what comes out, without an AMD GPU."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tvm
+from tvm.script import tirx as T
 
-from shardwright.compiler import rocm
+from shardwright.compiler import rocm, rocm_check
 from shardwright.compiler.build import BuildOptions, targets_of
 from shardwright.compiler.kernels import gemv_rocm, norm
+from shardwright.compiler.kernels.common import SCHEDULED
 from shardwright.errors import ArtifactError, BuildError, UsageError
-from shardwright.runtime.code_object import CodeObject, code_objects
+from shardwright.runtime.code_object import CodeObject, Kernel, code_objects, occupancy
 
 ARCHS = ("gfx1100", "gfx90a", "gfx942")
 
@@ -130,3 +133,125 @@ def test_a_linker_that_is_missing_or_too_old(
     with pytest.raises(BuildError, match="pip install 'shardwright\\[rocm\\]'") as caught:
         rocm.find_linker()
     assert ("is LLD 14, too old" if old else "there is none") in str(caught.value)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_barrier_waits_for_shared_memory(arch: str) -> None:
+    blocks = dict(rocm_check.read_assembly(assembly(add_norm(arch), arch)))["main_kernel"]
+    names = [i.name for block in blocks for i in block.code]
+    assert "s_barrier" in names and any(n.startswith(("ds_write", "ds_store")) for n in names)
+    assert rocm_check.unwaited_barriers(blocks) == 0
+
+
+def test_tvms_own_barrier_is_caught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bare = tmp_path / "bare.ll"
+    text = (Path(rocm.__file__).parent / rocm.BARRIER).read_text()
+    bare.write_text("".join(x for x in text.splitlines(True) if "fence" not in x))
+    monkeypatch.setattr(rocm, "BARRIER", bare)
+    blocks = dict(rocm_check.read_assembly(assembly(add_norm("gfx90a"), "gfx90a")))["main_kernel"]
+    assert rocm_check.unwaited_barriers(blocks) == 1
+
+
+def code(text: str) -> list[rocm_check.Block]:
+    body = "".join(
+        f"{line}\n" if line.startswith(".") else f"\t{line}\n" for line in text.split(";")
+    )
+    return dict(rocm_check.read_assembly(f"k:\n{body}.Lfunc_end0:\n"))["k"]
+
+
+@pytest.mark.parametrize(
+    ("text", "unwaited"),
+    [
+        ("ds_write_b32 v0, v1;s_waitcnt lgkmcnt(0);s_barrier;s_endpgm", 0),
+        ("ds_write_b32 v0, v1;s_waitcnt vmcnt(0);s_barrier;s_endpgm", 1),
+        ("ds_write_b32 v0, v1;s_waitcnt lgkmcnt(1);s_barrier;s_endpgm", 1),
+        ("ds_bpermute_b32 v0, v1, v2;s_barrier;s_endpgm", 0),
+        # Outstanding along one of two ways only.
+        (
+            "s_cbranch_execz .LBB0_1;ds_write_b32 v0, v1;.LBB0_1:;s_barrier;s_endpgm",
+            1,
+        ),
+        # Around a loop: the access comes after the barrier.
+        (
+            ".LBB0_1:;s_barrier;ds_read_b32 v0, v1;s_cbranch_scc1 .LBB0_1;s_endpgm",
+            1,
+        ),
+        (
+            ".LBB0_1:;s_barrier;ds_read_b32 v0, v1;s_waitcnt lgkmcnt(0);"
+            "s_cbranch_scc1 .LBB0_1;s_endpgm",
+            0,
+        ),
+        # gfx12 has other names for both.
+        ("ds_store_b32 v0, v1;s_wait_dscnt 0x0;s_barrier_signal -1;s_endpgm", 0),
+        ("ds_store_b32 v0, v1;s_barrier_signal -1;s_endpgm", 1),
+    ],
+)
+def test_unwaited_barriers(text: str, unwaited: int) -> None:
+    assert rocm_check.unwaited_barriers(code(text)) == unwaited
+
+
+@T.prim_func(s_tir=True)
+def two_buffers(x_h: T.handle, out_h: T.handle):
+    T.func_attr(SCHEDULED)
+    x = T.match_buffer(x_h, (64,), "float32")
+    out = T.match_buffer(out_h, (64,), "float32")
+    with T.sblock("root"):
+        T.reads()
+        T.writes()
+        for _ in T.thread_binding(1, thread="blockIdx.x"):
+            for tid in T.thread_binding(64, thread="threadIdx.x"):
+                # One after the other, so that storage rewrite gives them the same place.
+                a = T.alloc_buffer((64,), "float32", scope="shared")
+                b = T.alloc_buffer((64,), "int32", scope="shared")
+                kept = T.alloc_buffer((1,), "float32", scope="local")
+                a[tid] = x[tid]
+                T.tvm_storage_sync("shared")
+                kept[0] = a[63 - tid]
+                T.tvm_storage_sync("shared")
+                b[tid] = T.cast(kept[0], "int32")
+                T.tvm_storage_sync("shared")
+                out[tid] = T.cast(b[tid // 2], "float32")
+
+
+def test_a_pointer_into_shared_memory_that_becomes_global_is_caught(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    good = compiled(two_buffers, "gfx90a")
+    found = [code_object(two_buffers, "gfx90a", tmp_path)]
+    assert [k.name for k in rocm.check_modules(good.mod, found)] == ["main_kernel"]
+    monkeypatch.setattr(rocm, "PASS_CONFIG", {})
+    with pytest.raises(BuildError, match="cast to a global one"):
+        rocm.check_modules(compiled(two_buffers, "gfx90a").mod, found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"wave": 32}, "wave size 32 instead of 64"),
+        ({"vgpr_spills": 3}, "spilled vector registers 3 instead of 0"),
+        ({"max_threads": 1024}, "threads of a block 1024 instead of 256"),
+        ({"shared_bytes": 70000}, "70000 bytes of shared memory"),
+    ],
+)
+def test_metadata_that_is_not_as_asked_for_is_caught(
+    change: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    func = add_norm("gfx90a")
+    found = code_object(func, "gfx90a", tmp_path)
+    wrong = replace(found, kernels=(replace(found.kernels[0], **change),))
+    text = assembly(func, "gfx90a")
+    with pytest.raises(BuildError, match=message):
+        rocm_check.check("gfx90a", 64, rocm.MAX_THREADS, "", text, wrong)
+    with pytest.raises(BuildError, match="the linker made code for gfx90a"):
+        rocm_check.check("gfx942", 64, rocm.MAX_THREADS, "", text, found)
+
+
+def test_occupancy() -> None:
+    kernel = Kernel("k", 32, 256, 0, 0, 0, 64, 0, 20, 0, 0, ())
+    assert occupancy("gfx1100", kernel) == 16
+    assert occupancy("gfx1102", replace(kernel, vgprs=100)) == 9
+    assert occupancy("gfx1100", replace(kernel, vgprs=256)) == 5
+    wide = replace(kernel, wave=64, vgprs=128)
+    assert occupancy("gfx90a", wide) == 4
+    # Two blocks of four waves on four units.
+    assert occupancy("gfx90a", replace(wide, shared_bytes=32768)) == 2

@@ -199,30 +199,41 @@ def _attention(
 
     @T.inline
     def join(tid, total, highest, acc, all_highest, all_total, all_acc):
-        """The block's softmax: maxima and masses of its slots, and the warps' rescaled sums."""
+        """The block's softmax: its maxima and masses, and the warps' sums, rescaled to them."""
         for g in T.unroll(queries):
-            if tid % lanes == 0:
-                all_highest[tid // lanes * queries + g] = highest[g]
-                all_total[tid // lanes * queries + g] = total[g]
+            # Of the warp first: lanes of the same place in a position hold the same elements.
+            top: T.float32 = highest[g]
+            for s in T.unroll(per_warp.bit_length() - 1):
+                top = T.max(top, shuffle_xor(top, T.shift_left(lanes, s), warp))
+            shrink: T.float32 = T.exp2(highest[g] - top)
+            highest[g] = top
+            total[g] = total[g] * shrink
+            for s in T.unroll(per_warp.bit_length() - 1):
+                total[g] = total[g] + shuffle_xor(total[g], T.shift_left(lanes, s), warp)
+            for e in T.unroll(width):
+                acc[g * width + e] = acc[g * width + e] * shrink
+                for s in T.unroll(per_warp.bit_length() - 1):
+                    acc[g * width + e] = acc[g * width + e] + shuffle_xor(
+                        acc[g * width + e], T.shift_left(lanes, s), warp
+                    )
+            if tid % warp == 0:
+                all_highest[tid // warp * queries + g] = top
+                all_total[tid // warp * queries + g] = total[g]
         T.tvm_storage_sync("shared")
         for g in T.unroll(queries):
             above: T.float32 = T.float32(LOWEST)
-            for s in T.serial(slots):
-                above = T.max(above, all_highest[s * queries + g])
+            for w in T.unroll(WARPS):
+                above = T.max(above, all_highest[w * queries + g])
             mass: T.float32 = T.float32(0)
-            for s in T.serial(slots):
-                mass = mass + all_total[s * queries + g] * T.exp2(
-                    all_highest[s * queries + g] - above
+            for w in T.unroll(WARPS):
+                mass = mass + all_total[w * queries + g] * T.exp2(
+                    all_highest[w * queries + g] - above
                 )
             rescale: T.float32 = T.exp2(highest[g] - above)
             highest[g] = above
             total[g] = mass
             for e in T.unroll(width):
                 acc[g * width + e] = acc[g * width + e] * rescale
-                for s in T.unroll(per_warp.bit_length() - 1):
-                    acc[g * width + e] = acc[g * width + e] + shuffle_xor(
-                        acc[g * width + e], T.shift_left(lanes, s), warp
-                    )
         if tid % warp < lanes and (tid % lanes + 1) * width <= head_dim:
             for g in T.unroll(queries):
                 for e in T.unroll(width):
@@ -236,8 +247,8 @@ def _attention(
                       total, highest, all_acc):  # fmt: skip
         """Sums, maxima and masses of one piece for all query heads of a part."""
         acc = T.alloc_buffer((queries * width,), "float32", scope="local")
-        all_highest = T.alloc_buffer((slots * queries,), "float32", scope="shared")
-        all_total = T.alloc_buffer((slots * queries,), "float32", scope="shared")
+        all_highest = T.alloc_buffer((WARPS * queries,), "float32", scope="shared")
+        all_total = T.alloc_buffer((WARPS * queries,), "float32", scope="shared")
         attend(q, k_pages, v_pages, page_table, rows, t, layer, kp // parts, kp % parts, begin, end,
                tid, total, highest, acc)  # fmt: skip
         join(tid, total, highest, acc, all_highest, all_total, all_acc)
