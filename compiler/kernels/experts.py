@@ -1,0 +1,563 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-redef"
+# (TVMScript is parsed, never run, so it has no Python types.)
+"""Products with the experts that a router chose, and the choice itself.
+
+Slot s of `n * top` is choice `s % top` of token `s // top`. A weight is `[experts, rows, cols]`, or
+in four bits, as `matmul.py` has it, words `[experts, rows, cols / 8]` and scales `[experts, rows,
+cols / group]`. Every weight comes with its scales; for a plain one (`group` 0) they are the weight
+again, and not read. The experts of a rank are those from `rank * experts` on. Slots of others are
+skipped: what is written of them is not read, and in the sum they are zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from shardwright.errors import UsageError
+
+from .common import (
+    SCHEDULED,
+    extent,
+    for_blocks,
+    for_threads,
+    is_gpu,
+    lanes_for,
+    shuffle_xor,
+    warp_size_of,
+)
+
+TILE = 64  # slots and rows of a block of `experts_grouped`
+STEP = 32  # columns it has in shared memory at a time
+THREADS = 256
+
+
+def route(
+    *, tokens: int | None, experts: int, top: int, normalize: bool, target: Any
+) -> tirx.PrimFunc:
+    """The `top` most likely experts: `scores [n,E] f32 -> (ids [n,top] i32, weights [n,top] f32)`.
+
+    Weights are softmax probabilities over all experts, with `normalize` over those chosen. Of equal
+    scores the first wins. One thread per token: a row is short.
+    """
+    n = extent(tokens)
+    gpu = is_gpu(target)
+    threads = 32 if gpu else 1
+
+    @T.prim_func(s_tir=True)
+    def route(scores_h: T.handle, ids_h: T.handle, weights_h: T.handle):
+        T.func_attr(SCHEDULED)
+        scores = T.match_buffer(scores_h, (n, experts), "float32")
+        ids = T.match_buffer(ids_h, (n, top), "int32")
+        weights = T.match_buffer(weights_h, (n, top), "float32")
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for block in for_blocks((n + threads - 1) // threads, gpu):
+                for tid in for_threads(threads, gpu):
+                    if block * threads + tid < n:
+                        t = T.meta_var(block * threads + tid)
+                        chosen = T.alloc_buffer((top,), "float32", scope="local")
+                        highest: T.float32 = T.float32(-3.0e38)
+                        for e in T.serial(experts):
+                            highest = T.max(highest, scores[t, e])
+                        mass: T.float32 = T.float32(0)
+                        for e in T.serial(experts):
+                            mass = mass + T.exp(scores[t, e] - highest)
+                        total: T.float32 = T.float32(0)
+                        # The next is the largest that comes after the one before: smaller, or
+                        # equal and further on.
+                        last: T.float32 = T.float32(3.0e38)
+                        last_id: T.int32 = -1
+                        for k in T.serial(top):
+                            best: T.float32 = T.float32(-3.0e38)
+                            best_id: T.int32 = 0
+                            for e in T.serial(experts):
+                                if scores[t, e] > best and (
+                                    scores[t, e] < last or (scores[t, e] == last and e > last_id)
+                                ):
+                                    best = scores[t, e]
+                                    best_id = e
+                            last = best
+                            last_id = best_id
+                            ids[t, k] = best_id
+                            chosen[k] = T.exp(best - highest)
+                            total = total + chosen[k]
+                        for k in T.serial(top):
+                            weights[t, k] = chosen[k] / (total if normalize else mass)
+
+    return route
+
+
+def _weight_shapes(
+    experts: int, rows: int, cols: int, group: int, dtype: str
+) -> tuple[tuple[tuple[int, int, int], str], tuple[tuple[int, int, int], str]]:
+    """Shapes and dtypes of a weight and its scales."""
+    if not group:
+        plain = ((experts, rows, cols), dtype)
+        return plain, plain
+    return ((experts, rows, cols // 8), "uint32"), ((experts, rows, cols // group), dtype)
+
+
+def _nibble(word: Any, i: Any) -> Any:
+    """Four-bit element i of a word as float32, before its scale."""
+    bits = T.bitwise_and(T.shift_right(word, T.cast(i * 4, "uint32")), T.uint32(15))
+    return T.cast(T.cast(bits, "int32") - 7, "float32")
+
+
+def _silu_mul(gate: Any, up: Any, dtype: str) -> Any:
+    """silu(gate) * up of float32 sums, rounded as if they had been written."""
+    g = T.cast(T.cast(gate, dtype), "float32")
+    u = T.cast(T.cast(up, dtype), "float32")
+    return T.cast(g / (T.float32(1) + T.exp(-g)) * u, dtype)
+
+
+def experts_up(
+    *,
+    tokens: int | None,
+    top: int,
+    experts: int,
+    rows: int,
+    cols: int,
+    width: int,
+    group: int,
+    dtype: str,
+    target: Any,
+) -> tirx.PrimFunc:
+    """The gated product of each slot: `silu(x @ gate.T) * (x @ up.T)`.
+
+    `(x [n,width], gate, gate_scale, up, up_scale, ids [n,top] i32, rank [1] i32) ->
+    h [n*top, rows]`. `cols` is `width`, padded for whole groups. On a GPU for few tokens: a warp
+    takes a row of both weights.
+    """
+    n = extent(tokens)
+    gpu = is_gpu(target)
+    warp = warp_size_of(target)
+    per_block = THREADS // warp if gpu else 1
+    weight, scale = _weight_shapes(experts, rows, cols, group, dtype)
+    unit = _unit(width, group, gpu, dtype)
+
+    @T.prim_func(s_tir=True)
+    def experts_up(
+        x_h: T.handle,
+        gate_h: T.handle,
+        gate_scale_h: T.handle,
+        up_h: T.handle,
+        up_scale_h: T.handle,
+        ids_h: T.handle,
+        rank_h: T.handle,
+        h_h: T.handle,
+    ):
+        T.func_attr(SCHEDULED)
+        x = T.match_buffer(x_h, (n, width), dtype)
+        gate = T.match_buffer(gate_h, *weight)
+        gate_scale = T.match_buffer(gate_scale_h, *scale)
+        up = T.match_buffer(up_h, *weight)
+        up_scale = T.match_buffer(up_scale_h, *scale)
+        ids = T.match_buffer(ids_h, (n, top), "int32")
+        rank = T.match_buffer(rank_h, (1,), "int32")
+        h = T.match_buffer(h_h, (n * top, rows), dtype)
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for slot in _slots(n * top, gpu):
+                for block in _each(T.ceildiv(rows, per_block), gpu):
+                    for tid in for_threads(THREADS, gpu):
+                        expert: T.let[T.int32] = ids[slot // top, slot % top] - rank[0] * experts
+                        row: T.let[T.int32] = T.cast(block * per_block + tid // warp, "int32")
+                        if expert >= 0 and expert < experts and row < rows:
+                            a = T.alloc_buffer((unit,), "float32", scope="local")
+                            b = T.alloc_buffer((unit,), "float32", scope="local")
+                            _dot(x, slot // top, gate, gate_scale, expert, row, a, tid % warp,
+                                 warp, width, unit, group, dtype)  # fmt: skip
+                            _dot(x, slot // top, up, up_scale, expert, row, b, tid % warp,
+                                 warp, width, unit, group, dtype)  # fmt: skip
+                            g: T.float32 = T.float32(0)
+                            u: T.float32 = T.float32(0)
+                            for i in T.unroll(unit):
+                                g = g + a[i]
+                                u = u + b[i]
+                            for s in T.unroll(warp.bit_length() - 1):
+                                g = g + shuffle_xor(g, T.shift_right(warp // 2, s), warp)
+                                u = u + shuffle_xor(u, T.shift_right(warp // 2, s), warp)
+                            if tid % warp == 0:
+                                h[slot, row] = _silu_mul(g, u, dtype)
+
+    return experts_up
+
+
+def experts_down(
+    *,
+    tokens: int | None,
+    top: int,
+    experts: int,
+    rows: int,
+    cols: int,
+    width: int,
+    group: int,
+    dtype: str,
+    target: Any,
+) -> tirx.PrimFunc:
+    """The weighted sum of the slots' products: `sum over k of weights[:, k] * (h @ down.T)`.
+
+    `(h [n*top,width], down, scale, ids [n,top] i32, weights [n,top] f32, rank [1] i32) ->
+    out [n, rows]`; as `experts_up`.
+    """
+    n = extent(tokens)
+    gpu = is_gpu(target)
+    warp = warp_size_of(target)
+    per_block = THREADS // warp if gpu else 1
+    weight, scale = _weight_shapes(experts, rows, cols, group, dtype)
+    unit = _unit(width, group, gpu, dtype)
+
+    @T.prim_func(s_tir=True)
+    def experts_down(
+        h_h: T.handle,
+        down_h: T.handle,
+        down_scale_h: T.handle,
+        ids_h: T.handle,
+        weights_h: T.handle,
+        rank_h: T.handle,
+        out_h: T.handle,
+    ):
+        T.func_attr(SCHEDULED)
+        h = T.match_buffer(h_h, (n * top, width), dtype)
+        down = T.match_buffer(down_h, *weight)
+        down_scale = T.match_buffer(down_scale_h, *scale)
+        ids = T.match_buffer(ids_h, (n, top), "int32")
+        weights = T.match_buffer(weights_h, (n, top), "float32")
+        rank = T.match_buffer(rank_h, (1,), "int32")
+        out = T.match_buffer(out_h, (n, rows), dtype)
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for t in _slots(n, gpu):
+                for block in _each(T.ceildiv(rows, per_block), gpu):
+                    for tid in for_threads(THREADS, gpu):
+                        row: T.let[T.int32] = T.cast(block * per_block + tid // warp, "int32")
+                        if row < rows:
+                            a = T.alloc_buffer((unit,), "float32", scope="local")
+                            total: T.float32 = T.float32(0)
+                            for k in T.serial(top):
+                                expert: T.let[T.int32] = ids[t, k] - rank[0] * experts
+                                if expert >= 0 and expert < experts:
+                                    _dot(h, t * top + k, down, down_scale, expert, row, a,
+                                         tid % warp, warp, width, unit, group, dtype)  # fmt: skip
+                                    for i in T.unroll(unit):
+                                        total = total + weights[t, k] * a[i]
+                            for s in T.unroll(warp.bit_length() - 1):
+                                total = total + shuffle_xor(
+                                    total, T.shift_right(warp // 2, s), warp
+                                )
+                            if tid % warp == 0:
+                                out[t, row] = T.cast(total, dtype)
+
+    return experts_down
+
+
+def _unit(width: int, group: int, gpu: bool, dtype: str) -> int:
+    """Elements that a thread takes at once: 16 bytes of a weight on a GPU."""
+    widest = (32 if group else 8 if dtype == "float16" else 4) if gpu else 16
+    unit = lanes_for(width, widest)
+    if group and unit < 8:
+        raise UsageError(f"experts of {width} elements; use a multiple of 8")
+    return unit
+
+
+def _slots(count: Any, gpu: bool) -> Any:
+    return T.thread_binding(count, thread="blockIdx.x") if gpu else T.serial(count)
+
+
+def _each(count: Any, gpu: bool) -> Any:
+    """Loop over the rows of a weight: threads of a CPU share them."""
+    return T.thread_binding(count, thread="blockIdx.y") if gpu else T.parallel(count)
+
+
+@T.inline
+def _dot(x, source_row, weight, scale, expert, row, acc, lane, lanes, width, unit, group, dtype):
+    """Every thread's part of a row's product with x, spread over `acc`."""
+    for i in T.unroll(unit):
+        acc[i] = T.float32(0)
+    if lanes == 1:
+        for step in T.serial(width // unit):
+            if group > 0:
+                for w in T.unroll(unit // 8):
+                    word: T.let[T.uint32] = weight[expert, row, step * (unit // 8) + w]
+                    factor: T.let[T.float32] = T.cast(
+                        scale[expert, row, (step * unit + w * 8) // group], "float32"
+                    )
+                    for i in T.vectorized(8):
+                        acc[w * 8 + i] = acc[w * 8 + i] + factor * _nibble(word, i) * T.cast(
+                            x[source_row, step * unit + w * 8 + i], "float32"
+                        )
+            else:
+                for i in T.vectorized(unit):
+                    acc[i] = acc[i] + T.cast(
+                        weight[expert, row, step * unit + i], "float32"
+                    ) * T.cast(x[source_row, step * unit + i], "float32")
+    else:
+        words = T.alloc_buffer((T.max(unit // 8, 1),), "uint32", scope="local")
+        values = T.alloc_buffer((unit,), dtype, scope="local")
+        xs = T.alloc_buffer((unit,), dtype, scope="local")
+        for step in T.serial((width // unit + lanes - 1 - lane) // lanes):
+            first: T.let[T.int32] = T.cast((step * lanes + lane) * unit, "int32")
+            if group > 0:
+                for i in T.vectorized(unit // 8):
+                    words[i] = weight[expert, row, first // 8 + i]
+                for c in T.unroll(unit // 8):
+                    for i in T.vectorized(8):
+                        xs[c * 8 + i] = x[source_row, first + c * 8 + i]
+                for c in T.unroll(unit // 8):
+                    factor: T.let[T.float32] = T.cast(
+                        scale[expert, row, (first + c * 8) // group], "float32"
+                    )
+                    for i in T.unroll(8):
+                        acc[c * 8 + i] = acc[c * 8 + i] + factor * _nibble(words[c], i) * T.cast(
+                            xs[c * 8 + i], "float32"
+                        )
+            else:
+                for i in T.vectorized(unit):
+                    values[i] = weight[expert, row, first + i]
+                for i in T.vectorized(unit):
+                    xs[i] = x[source_row, first + i]
+                for i in T.unroll(unit):
+                    acc[i] = acc[i] + T.cast(values[i], "float32") * T.cast(xs[i], "float32")
+
+
+def expert_order(*, tokens: int | None, top: int, experts: int, target: Any) -> tirx.PrimFunc:
+    """Slots by expert: `(ids [n,top] i32, rank [1] i32) -> (order [n*top] i32, begin [E+1] i32)`.
+
+    Expert e has the slots `order[begin[e]]` to `order[begin[e + 1] - 1]`, in ascending order. For
+    GPUs; a block for each expert reads all ids.
+    """
+    n = extent(tokens)
+
+    @T.prim_func(s_tir=True)
+    def expert_order(ids_h: T.handle, rank_h: T.handle, order_h: T.handle, begin_h: T.handle):
+        T.func_attr(SCHEDULED)
+        ids = T.match_buffer(ids_h, (n, top), "int32")
+        rank = T.match_buffer(rank_h, (1,), "int32")
+        order = T.match_buffer(order_h, (n * top,), "int32")
+        begin = T.match_buffer(begin_h, (experts + 1,), "int32")
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for e in T.thread_binding(experts, thread="blockIdx.x"):
+                for tid in T.thread_binding(THREADS, thread="threadIdx.x"):
+                    below = T.alloc_buffer((THREADS,), "int32", scope="shared")
+                    here = T.alloc_buffer((THREADS,), "int32", scope="shared")
+                    # A thread has consecutive slots, so that their order can be kept.
+                    slots: T.let[T.int32] = T.cast(n * top, "int32")
+                    each: T.let[T.int32] = (slots + THREADS - 1) // THREADS
+                    last: T.let[T.int32] = T.min(tid * each + each, slots)
+                    count: T.let[T.int32] = T.max(last - tid * each, 0)
+                    less: T.int32 = 0
+                    equal: T.int32 = 0
+                    for i in T.serial(count):
+                        s = T.meta_var(tid * each + i)
+                        id: T.let[T.int32] = ids[s // top, s % top] - rank[0] * experts
+                        if id >= 0 and id < e:
+                            less = less + 1
+                        if id == e:
+                            equal = equal + 1
+                    below[tid] = less
+                    here[tid] = equal
+                    T.tvm_storage_sync("shared")
+                    start: T.int32 = 0
+                    before: T.int32 = 0
+                    total: T.int32 = 0
+                    for j in T.serial(THREADS):
+                        start = start + below[j]
+                        if j < tid:
+                            before = before + here[j]
+                        total = total + here[j]
+                    if tid == 0:
+                        begin[e] = start
+                        if e == experts - 1:
+                            begin[experts] = start + total
+                    place: T.int32 = start + before
+                    for i in T.serial(count):
+                        s = T.meta_var(tid * each + i)
+                        if ids[s // top, s % top] - rank[0] * experts == e:
+                            order[place] = s
+                            place = place + 1
+
+    return expert_order
+
+
+def experts_grouped(
+    *,
+    tokens: int | None,
+    top: int,
+    experts: int,
+    rows: int,
+    cols: int,
+    width: int,
+    group: int,
+    dtype: str,
+    gated: bool,
+    target: Any,
+) -> tirx.PrimFunc:
+    """Products of many slots at once, those of an expert together, for GPUs.
+
+    `(x, w, w_scale, up, up_scale, order [n*top] i32, begin [E+1] i32) -> y [n*top, rows]`. With
+    `gated`, x is [n,width] and y `silu(x @ w.T) * (x @ up.T)`; else x is [n*top,width], y is
+    `x @ w.T`, and `up` is w again and not read. A block has an expert and `TILE` rows of its
+    weight, and goes through its slots `TILE` at a time; a thread has 4 x 4 sums, in float32.
+    """
+    slots = extent(tokens and tokens * top, "slots")
+    x_rows = extent(tokens) if gated else slots
+    weight, scale = _weight_shapes(experts, rows, cols, group, dtype)
+    if width % 8:
+        raise UsageError(f"experts of {width} elements; use a multiple of 8")
+    kinds = 2 if gated else 1
+
+    @T.inline
+    def load_weight(source, scales, shared, kind, expert, row, column, at):
+        """Eight elements of a row, transposed, to shared memory; zeros past the end."""
+        for i in T.unroll(8):
+            shared[kind, at % 4 * 8 + i, at // 4] = T.float32(0)
+        if row < rows and column < width:
+            if group > 0:
+                word: T.let[T.uint32] = source[expert, row, column // 8]
+                factor: T.let[T.float32] = T.cast(scales[expert, row, column // group], "float32")
+                for i in T.unroll(8):
+                    # Rounded as the kernels that unpack to memory round.
+                    shared[kind, at % 4 * 8 + i, at // 4] = T.cast(
+                        T.cast(_nibble(word, i) * factor, dtype), "float32"
+                    )
+            else:
+                eight = T.alloc_buffer((8,), dtype, scope="local")
+                for i in T.vectorized(8):
+                    eight[i] = source[expert, row, column + i]
+                for i in T.unroll(8):
+                    shared[kind, at % 4 * 8 + i, at // 4] = T.cast(eight[i], "float32")
+
+    @T.inline
+    def load_x(x, shared, order, first, end, column, at):
+        for i in T.unroll(8):
+            shared[at % 4 * 8 + i, at // 4] = T.float32(0)
+        if first + at // 4 < end and column < width:
+            source: T.let[T.int32] = order[first + at // 4] // (top if gated else 1)
+            eight = T.alloc_buffer((8,), dtype, scope="local")
+            for i in T.vectorized(8):
+                eight[i] = x[source, column + i]
+            for i in T.unroll(8):
+                shared[at % 4 * 8 + i, at // 4] = T.cast(eight[i], "float32")
+
+    @T.prim_func(s_tir=True)
+    def experts_grouped(
+        x_h: T.handle,
+        w_h: T.handle,
+        w_scale_h: T.handle,
+        up_h: T.handle,
+        up_scale_h: T.handle,
+        order_h: T.handle,
+        begin_h: T.handle,
+        y_h: T.handle,
+    ):
+        T.func_attr(SCHEDULED)
+        x = T.match_buffer(x_h, (x_rows, width), dtype)
+        w = T.match_buffer(w_h, *weight)
+        w_scale = T.match_buffer(w_scale_h, *scale)
+        up = T.match_buffer(up_h, *weight)
+        up_scale = T.match_buffer(up_scale_h, *scale)
+        order = T.match_buffer(order_h, (slots,), "int32")
+        begin = T.match_buffer(begin_h, (experts + 1,), "int32")
+        y = T.match_buffer(y_h, (slots, rows), dtype)
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for e in T.thread_binding(experts, thread="blockIdx.x"):
+                for block in T.thread_binding((rows + TILE - 1) // TILE, thread="blockIdx.y"):
+                    for tid in T.thread_binding(THREADS, thread="threadIdx.x"):
+                        xs = T.alloc_buffer((STEP, TILE), "float32", scope="shared")
+                        ws = T.alloc_buffer((kinds, STEP, TILE), "float32", scope="shared")
+                        acc = T.alloc_buffer((kinds * 16,), "float32", scope="local")
+                        a = T.alloc_buffer((4,), "float32", scope="local")
+                        b = T.alloc_buffer((4,), "float32", scope="local")
+                        end: T.let[T.int32] = begin[e + 1]
+                        tiles: T.let[T.int32] = (end - begin[e] + TILE - 1) // TILE
+                        for tile in T.serial(tiles):
+                            first: T.let[T.int32] = begin[e] + tile * TILE
+                            for i in T.unroll(kinds * 16):
+                                acc[i] = T.float32(0)
+                            for step in T.serial((width + STEP - 1) // STEP):
+                                column: T.let[T.int32] = step * STEP + tid % 4 * 8
+                                T.tvm_storage_sync("shared")
+                                load_x(x, xs, order, first, end, column, tid)
+                                load_weight(w, w_scale, ws, 0, e, block * TILE + tid // 4, column,
+                                            tid)  # fmt: skip
+                                if gated:
+                                    load_weight(up, up_scale, ws, 1, e, block * TILE + tid // 4,
+                                                column, tid)  # fmt: skip
+                                T.tvm_storage_sync("shared")
+                                for c in T.serial(STEP):
+                                    for i in T.vectorized(4):
+                                        a[i] = xs[c, tid // 16 * 4 + i]
+                                    for kind in T.unroll(kinds):
+                                        for j in T.vectorized(4):
+                                            b[j] = ws[kind, c, tid % 16 * 4 + j]
+                                        for i in T.unroll(4):
+                                            for j in T.unroll(4):
+                                                acc[kind * 16 + i * 4 + j] = (
+                                                    acc[kind * 16 + i * 4 + j] + a[i] * b[j]
+                                                )
+                            for i in T.unroll(4):
+                                if first + tid // 16 * 4 + i < end:
+                                    slot: T.let[T.int32] = order[first + tid // 16 * 4 + i]
+                                    for j in T.unroll(4):
+                                        if block * TILE + tid % 16 * 4 + j < rows:
+                                            if gated:
+                                                y[slot, block * TILE + tid % 16 * 4 + j] = (
+                                                    _silu_mul(
+                                                        acc[i * 4 + j],
+                                                        acc[(kinds - 1) * 16 + i * 4 + j],
+                                                        dtype,
+                                                    )
+                                                )
+                                            else:
+                                                y[slot, block * TILE + tid % 16 * 4 + j] = T.cast(
+                                                    acc[i * 4 + j], dtype
+                                                )
+
+    return experts_grouped
+
+
+def experts_sum(
+    *, tokens: int | None, top: int, experts: int, features: int, dtype: str, target: Any
+) -> tirx.PrimFunc:
+    """`(y [n*top,F], ids [n,top] i32, weights [n,top] f32, rank [1] i32) -> out [n,F]`, for GPUs.
+
+    The weighted sum over the slots of a token that this rank has an expert for.
+    """
+    n = extent(tokens)
+
+    @T.prim_func(s_tir=True)
+    def experts_sum(
+        y_h: T.handle, ids_h: T.handle, weights_h: T.handle, rank_h: T.handle, out_h: T.handle
+    ):
+        T.func_attr(SCHEDULED)
+        y = T.match_buffer(y_h, (n * top, features), dtype)
+        ids = T.match_buffer(ids_h, (n, top), "int32")
+        weights = T.match_buffer(weights_h, (n, top), "float32")
+        rank = T.match_buffer(rank_h, (1,), "int32")
+        out = T.match_buffer(out_h, (n, features), dtype)
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for t in T.thread_binding(n, thread="blockIdx.x"):
+                for tid in T.thread_binding(THREADS, thread="threadIdx.x"):
+                    for i in T.serial((features + THREADS - 1 - tid) // THREADS):
+                        total: T.float32 = T.float32(0)
+                        for k in T.serial(top):
+                            expert: T.let[T.int32] = ids[t, k] - rank[0] * experts
+                            if expert >= 0 and expert < experts:
+                                total = total + weights[t, k] * T.cast(
+                                    y[t * top + k, i * THREADS + tid], "float32"
+                                )
+                        out[t, i * THREADS + tid] = T.cast(total, dtype)
+
+    return experts_sum
