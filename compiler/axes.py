@@ -23,8 +23,14 @@ AXIS_RULES: dict[str, str | None] = {
     "mlp": "tp",
     "embed": None,
     "head_dim": None,
+    "experts": None,
+    "expert_mlp": "tp",
+    "router": None,
 }
 """Logical axis of a parameter's dimension -> mesh axis, None for not sharded."""
+
+EXPERT_PARALLEL: dict[str, str | None] = {**AXIS_RULES, "experts": "tp", "expert_mlp": None}
+"""The same with whole experts on a rank."""
 
 BLOCK = 32
 """Elements in a block of an axis without inner structure: a wide read of a kernel, never cut."""
@@ -64,6 +70,7 @@ class AxisRules:
     mesh: DeviceMesh
     config: HeadCounts
     units: Mapping[str, int] = field(default_factory=dict)
+    mesh_axes: Mapping[str, str | None] = field(default_factory=lambda: AXIS_RULES)
 
     def placement(self, shape: Sequence[int], axes: Sequence[str | None]) -> Placement:
         """Placement of a tensor of global `shape` whose dimensions carry the names `axes`.
@@ -76,11 +83,11 @@ class AxisRules:
         return found[0] if found else Replicate()
 
     def _cut(self, dim: int, size: int, axis: str) -> Shard | None:
-        if axis not in AXIS_RULES:
+        if axis not in self.mesh_axes:
             raise ShardingError(
                 f"logical axis {axis!r} has no rule; add it to AXIS_RULES in compiler/axes.py"
             )
-        mesh_axis = AXIS_RULES[axis]
+        mesh_axis = self.mesh_axes[axis]
         if mesh_axis is None or self.mesh.size(mesh_axis) == 1:
             return None
         unit, table = self._blocks(size, axis, self.mesh.size(mesh_axis))
@@ -90,6 +97,8 @@ class AxisRules:
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         if axis == "heads":
             return size // heads, head_tables(heads, kv_heads, ranks)[0]
+        if axis == "experts":
+            return 1, even_table(size, ranks)
         if axis == "kv_heads":
             return size // kv_heads, head_tables(heads, kv_heads, ranks)[1]
         unit = max(BLOCK, self.units.get(axis, 0))

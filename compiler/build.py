@@ -14,7 +14,7 @@ from tvm import relax
 
 from shardwright import __version__
 from shardwright.compiler import cuda, linear, pipeline, rocm
-from shardwright.compiler.axes import AxisRules, DeviceMesh
+from shardwright.compiler.axes import AXIS_RULES, EXPERT_PARALLEL, AxisRules, DeviceMesh
 from shardwright.compiler.checkpoint import Checkpoint
 from shardwright.compiler.columns import Quantized
 from shardwright.compiler.explain import explain
@@ -27,6 +27,7 @@ from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.quantization import Quantization, quantization
 from shardwright.compiler.rules import op_name, shape_of
 from shardwright.compiler.script_speed import without_source_context
+from shardwright.compiler.stored import experts_as_matrices, matrix_placement, matrix_shape
 from shardwright.compiler.trace import Limits, Traced, trace
 from shardwright.compiler.verify import verify
 from shardwright.compiler.weights import Source, Weight, ignore_buffers, write_shards
@@ -92,6 +93,7 @@ class BuildOptions:
     dump_ir: Path | None = None
     disable_pass: tuple[str, ...] = ()
     gpu_memory: int | None = None
+    expert_parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,14 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
 
     with progress.step("Partition"):
         model = family.model(config, scheme.dtype)
-        program = partition_program(model, scheme, limits, options.num_shards, options.dump_ir)
+        program = partition_program(
+            model,
+            scheme,
+            limits,
+            options.num_shards,
+            options.dump_ir,
+            options.expert_parallel,
+        )
     peer = None
     if options.target == "cuda" and PEER_PASS not in options.disable_pass:
         peer = peer_state(program.mod, options.num_shards)
@@ -250,18 +259,36 @@ def limits_of(options: BuildOptions, config: Any) -> Limits:
 
 
 def partition_program(
-    model: Any, scheme: Quantization, limits: Limits, ranks: int, dump_ir: Path | None = None
+    model: Any,
+    scheme: Quantization,
+    limits: Limits,
+    ranks: int,
+    dump_ir: Path | None = None,
+    expert_parallel: bool = False,
 ) -> Program:
-    """Trace, partition, verify, join and quantize: the local program before any kernel exists."""
+    """Trace, partition, verify, join and quantize: the local program before any kernel exists.
+
+    With `expert_parallel` a rank has whole experts; UsageError if the model has none.
+    """
     traced = trace(model, scheme.dtype, limits)
     pipeline.dump(traced.mod, dump_ir, "0-traced")
     mesh = DeviceMesh(("tp",), (ranks,))
+    if expert_parallel and not any("experts" in axes for axes in traced.param_axes.values()):
+        raise UsageError("--expert-parallel: this model has no experts; leave it out")
     shapes = {p.name: shape_of(p) for p in traced.mod["prefill"].params}
     quantized = {
-        name: scheme.quantized(name, shapes[name], axes, model.config)
+        # A router is small, and what it says must not change.
+        name: scheme.quantized(name, matrix_shape(shapes[name]), axes[-2:], model.config)
+        if axes[0] != "router"
+        else None
         for name, axes in traced.param_axes.items()
     }
-    rules = AxisRules(mesh, model.config, _units(traced.param_axes, shapes, quantized))
+    rules = AxisRules(
+        mesh,
+        model.config,
+        _units(traced.param_axes, shapes, quantized),
+        EXPERT_PARALLEL if expert_parallel else AXIS_RULES,
+    )
     placements = {n: rules.placement(shapes[n], axes) for n, axes in traced.param_axes.items()}
     placements |= {s.name: rules.placement(s.shape, s.axes) for s in traced.state.values()}
     # A prefill's tokens are the chunk's, and share names with per-row state; none is sharded.
@@ -279,7 +306,7 @@ def partition_program(
         for n in traced.param_axes
     }
     weights = linear.Weights(table)
-    mod = linear.name_linears(partitioned.mod)
+    mod = linear.name_linears(experts_as_matrices(partitioned.mod))
     mod = linear.join_linears(mod, weights)
     mod = linear.quantize(mod, weights)
     pipeline.dump(mod, dump_ir, "2-linear")
@@ -294,6 +321,7 @@ def _source(
     quantized: Quantized | None,
 ) -> Source:
     """The tensor of the checkpoint that parameter `name` is."""
+    shape, placement = matrix_shape(shape), matrix_placement(shape, placement)
     if stored is None or stored.path is None:
         return Source(name, shape, placement, quantized, plus=stored.plus if stored else 0.0)
     module = name.split(".")[:-1]
@@ -312,8 +340,8 @@ def _units(
     """Elements that a cut should not part, by logical axis: the largest group along it."""
     units: dict[str, int] = {}
     for name, how in quantized.items():
-        if how is not None and how.packing.group < min(shapes[name][1], MAX_UNIT + 1):
-            axis = axes[name][1]
+        if how is not None and how.packing.group < min(shapes[name][-1], MAX_UNIT + 1):
+            axis = axes[name][-1]
             units[axis] = max(units.get(axis, 0), how.packing.group)
     return units
 

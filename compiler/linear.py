@@ -16,7 +16,7 @@ from tvm import relax, tirx
 from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.rules import op_name, operands_of, shape_of
 from shardwright.compiler.weights import Weight
-from shardwright.errors import ShardingError
+from shardwright.errors import ConfigError, ShardingError
 
 
 @dataclass
@@ -158,6 +158,8 @@ def quantize(mod: tvm.IRModule, weights: Weights) -> tvm.IRModule:
 
     def rewrite(rw: Rewriter, _var: relax.Var, call: relax.Call) -> relax.Expr | None:
         name = op_name(call)
+        if name in ("shardwright.experts", "shardwright.local_experts"):
+            return _quantized_experts(rw, call, weights)
         if name not in ("shardwright.linear", "shardwright.embed", "relax.take"):
             return None
         args = operands_of(call)
@@ -191,6 +193,23 @@ def quantize(mod: tvm.IRModule, weights: Weights) -> tvm.IRModule:
         return weights.variables(param.name) if weight and weight.columns else None
 
     return _rewrite_module(mod, rewrite, split)
+
+
+def _quantized_experts(rw: Rewriter, call: relax.Call, weights: Weights) -> relax.Expr | None:
+    """`q4_experts`, or `q4_local_experts`, where the experts are quantized; their only format."""
+    packed = [x for x in operands_of(call) if x in rw.replaced]
+    for x in packed:
+        columns = weights.table[x.name].columns
+        if columns and (columns.moved is not None or not columns.packing.is_q4(str(x.ty.dtype))):
+            raise ConfigError(
+                f"{x.name}: experts in this format have no kernels; build with --quantization "
+                "q4f16_1 or q0f16"
+            )
+    if not packed:
+        return None
+    args = [t for x in operands_of(call) for t in rw.replaced.get(x, [rw.local(x)])]
+    name = op_name(call).replace(".", ".q4_")
+    return relax.call_dps_packed(name, relax.Tuple(args), out_ty=call.ty)
 
 
 def _take_columns(rw: Rewriter, x: relax.Expr, index: relax.Var) -> relax.Var:

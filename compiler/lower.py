@@ -18,6 +18,7 @@ from shardwright.compiler.kernels import (
     all_reduce,
     attention,
     attention_cuda,
+    experts,
     gemv,
     gemv_rocm,
     matmul,
@@ -535,6 +536,66 @@ def _take_columns(k: _Kernels, _call: relax.Call, args: list[relax.Expr]) -> rel
     return k.bb.call_te(pick, *args, primfunc_name_hint="take_columns")
 
 
+def _route(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    scores, top, normalize = args
+    kernel = k.kernel(
+        experts.route,
+        tokens=_tokens(k, scores),
+        experts=shape_of(scores)[1],
+        top=_value(top),
+        normalize=bool(_value(normalize)),
+        target=k.target,
+    )
+    return relax.call_tir(kernel, [scores], list(call.ty.fields))
+
+
+def _experts(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """The products with routed experts, plain or in four bits.
+
+    Operands are x, gate, up and down, each with its scales where it has some, ids, weights and,
+    where a rank has whole experts, its number.
+    """
+    x, *rest = args
+    at = next(i for i, t in enumerate(rest) if str(t.ty.dtype) == "int32")
+    flat, (ids, weights, *ranks) = rest[:at], rest[at:]
+    per = at // 3
+    # A plain weight stands for its scales, which its kernels do not read.
+    gate, up, down = ((flat[i], flat[i + per - 1]) for i in range(0, at, per))
+    # Experts that are not shared out begin at 0, as rank 0's do.
+    rank = ranks[0] if ranks else relax.const([0], "int32")
+    n, features = shape_of(x)
+    top, dtype = shape_of(ids)[1], str(x.ty.dtype)
+    count = shape_of(down[0])[0] // features
+    rows = shape_of(gate[0])[0] // count
+    common = {"top": top, "experts": count, "dtype": dtype, "target": k.target}
+
+    def product(weight: tuple[relax.Expr, relax.Expr], rows: int, width: int) -> dict[str, Any]:
+        """Shapes of a product with x of `width` columns."""
+        cols = shape_of(weight[0])[1] * (8 if per == 2 else 1)
+        group = cols // shape_of(weight[1])[1] if per == 2 else 0
+        return {"rows": rows, "cols": cols, "width": width, "group": group, **common}
+
+    into, out = product(gate, rows, features), product(down, features, rows)
+    slots = relax.TensorType([n * top, rows], dtype)
+    tokens = _tokens(k, x)
+    if k.target == "cpu" or (tokens is not None and tokens <= GEMV_MAX_BATCH):
+        kernel = k.kernel(experts.experts_up, tokens=tokens, **into)
+        h = k.bb.emit(relax.call_tir(kernel, [x, *gate, *up, ids, rank], slots))
+        kernel = k.kernel(experts.experts_down, tokens=tokens, **out)
+        return relax.call_tir(kernel, [h, *down, ids, weights, rank], call.ty)
+    kernel = k.kernel(experts.expert_order, tokens=tokens, top=top, experts=count, target=k.target)
+    types = [relax.TensorType([n * top], "int32"), relax.TensorType([count + 1], "int32")]
+    both = k.bb.emit(relax.call_tir(kernel, [ids, rank], types))
+    order = [k.bb.emit(relax.TupleGetItem(both, i)) for i in range(2)]
+    kernel = k.kernel(experts.experts_grouped, tokens=tokens, gated=True, **into)
+    h = k.bb.emit(relax.call_tir(kernel, [x, *gate, *up, *order], slots))
+    kernel = k.kernel(experts.experts_grouped, tokens=tokens, gated=False, **out)
+    whole = relax.TensorType([n * top, features], dtype)
+    y = k.bb.emit(relax.call_tir(kernel, [h, *down, *down, *order], whole))
+    kernel = k.kernel(experts.experts_sum, tokens=tokens, features=features, **common)
+    return relax.call_tir(kernel, [y, ids, weights, rank], call.ty)
+
+
 def _embed(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     """Rows of a table cut along its rows; zeros for a row that another rank holds."""
     rows = shape_of(args[0])[0]
@@ -610,6 +671,11 @@ LOWERINGS: dict[str, Lowering] = {
     "shardwright.q4_linear": _q4_linear,
     "shardwright.gated_linear": _gated_linear,
     "shardwright.q4_gated_linear": _gated_linear,
+    "shardwright.route": _route,
+    "shardwright.experts": _experts,
+    "shardwright.local_experts": _experts,
+    "shardwright.q4_experts": _experts,
+    "shardwright.q4_local_experts": _experts,
     "shardwright.embed": _embed,
     "shardwright.q4_embed": _q4_embed,
     "shardwright.quantized_linear": _quantized_linear,

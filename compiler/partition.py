@@ -48,7 +48,8 @@ def partition(mod: tvm.IRModule, params: dict[str, Placement], ranks: int) -> Pa
     """Local view of all functions of `mod` on `ranks` ranks.
 
     `params` gives placements of arguments by name; all others are replicated. With more than one
-    rank, functions that look up a row-sharded table take one more argument, `rank` int32 [1].
+    rank, functions that look up a row-sharded table or have whole experts on a rank take one more
+    argument, `rank` int32 [1].
     """
     out = Partitioned(tvm.IRModule({}))
     for gv, func in mod.functions_items():
@@ -82,7 +83,7 @@ class _Rewriter:
             self._bind(p, local)
             params.append(local)
         num_input = int(self.func.attrs["num_input"])
-        if self.ranks > 1 and self._looks_up_rows():
+        if self.ranks > 1 and any(map(_needs_rank, self.plan.steps.values())):
             params.insert(num_input, self.rank)
             num_input += 1
         with self.bb.function("local", params, attrs={"num_input": num_input}):
@@ -93,9 +94,6 @@ class _Rewriter:
             self.bb.emit_func_output(out)
         (local_func,) = self.bb.get().functions.values()
         return local_func.with_attr("global_symbol", name)
-
-    def _looks_up_rows(self) -> bool:
-        return any(map(_is_row_lookup, self.plan.steps.values()))
 
     def _bind(self, var: relax.Var, local: relax.Expr) -> None:
         self.local[var] = local
@@ -134,7 +132,10 @@ class _Rewriter:
                 relax.TensorType(local_shape(tuple(t.shape.values), p), t.dtype)
                 for t, p in zip(types, step.results, strict=True)
             ]
-            return relax.call_dps_packed(call.args[0].global_symbol, relax.Tuple(args), local)
+            name = str(call.args[0].global_symbol)
+            if _has_whole_experts(step):
+                name, args = "shardwright.local_experts", [*args, self.rank]
+            return relax.call_dps_packed(name, relax.Tuple(args), local)
         if op_name(call) == "relax.reshape":
             shape = local_shape(shape_of(call), step.results[0])
             return relax.op.reshape(args[0], shape)
@@ -189,6 +190,17 @@ class _Rewriter:
         if shard.dim != 0:
             x = self.bb.emit(relax.op.permute_dims(x, back))
         return x
+
+
+def _needs_rank(step: Step) -> bool:
+    return _is_row_lookup(step) or _has_whole_experts(step)
+
+
+def _has_whole_experts(step: Step) -> bool:
+    if op_name(step.call) != "shardwright.experts":
+        return False
+    weight = step.operands[1]
+    return isinstance(weight, Shard) and weight.dim == 0
 
 
 def _is_row_lookup(step: Step) -> bool:

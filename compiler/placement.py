@@ -20,6 +20,8 @@ from shardwright.errors import ShardingError
 PAD = -1
 """Block id of a block of zeros, which fills a rank up to the largest one."""
 
+_SHOWN = 64  # blocks of a rank
+
 Table: TypeAlias = tuple[tuple[int, ...], ...]
 
 
@@ -95,7 +97,12 @@ class Shard:
         if self.is_contiguous:
             pad = self.local_size * len(self.table) - self.size
             return f"Shard({self.dim})" + (f"+{pad} pad" if pad else "")
-        rows = " | ".join(",".join("-" if b == PAD else str(b) for b in row) for row in self.table)
+
+        def listed(row: tuple[int, ...]) -> str:
+            ids = ["-" if b == PAD else str(b) for b in row]
+            return ",".join(ids if len(ids) <= _SHOWN else [*ids[:_SHOWN], "..."])
+
+        rows = " | ".join(map(listed, self.table))
         return f"Shard({self.dim}, blocks of {self.unit}: {rows})"
 
 

@@ -240,6 +240,13 @@ ABSTRACT_RULES: dict[str, Rule] = {
     "shardwright.attention": parse(
         "N q D, L P k S D, L P k S D, B M, N, N, (), (), (), () -> N q D", check=_attention_check
     ),
+    "shardwright.route": parse("N E, (), () -> N K, N K"),
+    # Experts cut inside, or whole ones on each rank: a rank adds what its part gives.
+    "shardwright.experts": parse("N I, e m I, e m I, e I m, N K, N K -> N I", sums=frozenset("em")),
+    # The same where a rank has whole experts, by its number.
+    "shardwright.local_experts": parse(
+        "N I, e m I, e m I, e I m, N K, N K, R -> N I", sums=frozenset("em")
+    ),
     # A look-up in a table cut along its rows, by the rank's number.
     "shardwright.embed": parse("v E, N, R -> N E", sums=frozenset("v")),
     "shardwright.store_logits": parse("B V, B, B V -> B V"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
@@ -82,6 +82,31 @@ class Rows:
     def release(self) -> None:
         """See `Reader`."""
         self._whole.release()
+
+
+class Stacked:
+    """Weights of one shape, the rows of one after those of the other."""
+
+    def __init__(self, weights: Sequence[Reader]) -> None:
+        self._weights, self._rows = weights, weights[0].shape[0]
+        self.shape = (len(weights) * self._rows, *weights[0].shape[1:])
+        self.quantized = weights[0].quantized
+
+    def read(self, index: Index) -> Parts:
+        """See `Reader`."""
+        which = np.where(index == PAD, PAD, index // self._rows)
+        starts = [0, *(int(i) + 1 for i in np.flatnonzero(np.diff(which))), len(index)]
+        read = []
+        for start, stop in pairwise(starts):
+            rows = index[start:stop]
+            weight = self._weights[max(int(which[start]), 0)]
+            read.append(weight.read(np.where(rows == PAD, PAD, rows % self._rows)))
+        return tuple(np.concatenate(parts) for parts in zip(*read, strict=True))
+
+    def release(self) -> None:
+        """See `Reader`."""
+        for weight in self._weights:
+            weight.release()
 
 
 def read_rows(read: Callable[[str, int, int], Array], name: str, index: Index) -> Array:

@@ -21,7 +21,7 @@ from shardwright.compiler.packing import Packing, pack
 from shardwright.compiler.placement import Partial, Placement, local_shape
 from shardwright.compiler.quantization import quantize
 from shardwright.compiler.shard_writer import ShardWriter
-from shardwright.compiler.slicing import Plain, Read, Reader, Rows, reads
+from shardwright.compiler.slicing import Plain, Read, Reader, Rows, Stacked, reads
 from shardwright.errors import BuildError, CheckpointError, ShardingError
 from shardwright.runtime.artifact import FileEntry, shard_name
 
@@ -39,7 +39,8 @@ class Source:
 
     With `quantized` it is to be quantized, or is so already. `plus` is added to its values. It is
     part of the tensor `joined`, from row `first` on, where the checkpoint has it joined with
-    others. `rows` and `order` permute its rows and its columns before the cut.
+    others; or it is all tensors that `joined` names with 0, 1 and so on in the place of `{}`.
+    `rows` and `order` permute its rows and its columns before the cut.
     """
 
     name: str
@@ -172,6 +173,9 @@ def split_joined(readers: dict[str, Reader], weights: Sequence[Weight], root: Pa
     for source in (s for weight in weights for s in weight.sources if s.joined):
         parts.setdefault(str(source.joined), []).append(source)
     for name, sources in parts.items():
+        if "{}" in name:
+            _stack(readers, sources[0], root)
+            continue
         whole = readers.pop(name, None)
         if whole is None:
             continue  # perhaps someone took it apart; else the parts are found missing
@@ -182,6 +186,22 @@ def split_joined(readers: dict[str, Reader], weights: Sequence[Weight], root: Pa
             )
         for source in sources:
             readers[source.name] = Rows(whole, source.first, source.shape[0])
+
+
+def _stack(readers: dict[str, Reader], source: Source, root: Path) -> None:
+    """Let `readers` have `source`, whose rows are those of one tensor after the other."""
+    names: list[str] = []
+    while str(source.joined).format(len(names)) in readers:
+        names.append(str(source.joined).format(len(names)))
+    stacked = [readers.pop(name) for name in names]
+    if stacked:
+        readers[source.name] = Stacked(stacked)
+        for name, reader in zip(names, stacked, strict=True):
+            if reader.shape != stacked[0].shape:
+                raise CheckpointError(
+                    f"{root}: wrong shapes: {name} is {reader.shape}, {names[0]} is "
+                    f"{stacked[0].shape}"
+                )
 
 
 def write_shards(

@@ -20,6 +20,12 @@ from shardwright.model_defs.gemma import (
 )
 from shardwright.model_defs.llama import LlamaForCausalLM
 from shardwright.model_defs.mistral import MistralConfig
+from shardwright.model_defs.moe import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from shardwright.model_defs.phi3 import Phi3Config, Phi3ForCausalLM
 from shardwright.model_defs.qwen import Qwen2Config, Qwen3Config, Qwen3ForCausalLM
 
@@ -37,9 +43,11 @@ FAMILIES: dict[str, Family] = {
     "Gemma2ForCausalLM": Family(Gemma2Config, Gemma2ForCausalLM),
     "Gemma3ForCausalLM": Family(Gemma3Config, Gemma3ForCausalLM),
     "MistralForCausalLM": Family(MistralConfig, LlamaForCausalLM),
+    "MixtralForCausalLM": Family(MixtralConfig, MixtralForCausalLM),
     "Phi3ForCausalLM": Family(Phi3Config, Phi3ForCausalLM),
     "Qwen2ForCausalLM": Family(Qwen2Config, LlamaForCausalLM),
     "Qwen3ForCausalLM": Family(Qwen3Config, Qwen3ForCausalLM),
+    "Qwen3MoeForCausalLM": Family(Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
 
 

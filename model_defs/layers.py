@@ -31,7 +31,9 @@ class Stored:
     """How a checkpoint keeps a parameter, where it is not simply there under its own name.
 
     It is rows `first` and on of the tensor `path`, which is relative to the module that holds the
-    parameter, as a path among files: `../qkv_proj.weight`. `plus` is added to what is stored.
+    parameter, as a path among files: `../qkv_proj.weight`. A path with `{}` names a tensor for
+    each number below the length of the parameter's first dimension. `plus` is added to what is
+    stored.
     """
 
     path: str | None = None
@@ -75,6 +77,44 @@ ACTIVATIONS: dict[str, Callable[[nn.Tensor], nn.Tensor]] = {
     "gelu_pytorch_tanh": gelu_tanh,
 }
 """By the name that config.json has for them."""
+
+
+class Experts(nn.Module):
+    """Gated feed-forward layers, to the best `top` of which a router sends each token.
+
+    `paths` are the tensors of an expert's gate, up and down, as in `Stored`, from here. Their
+    outputs are summed with the router's probabilities, made to sum to one with `normalize`.
+    """
+
+    def __init__(
+        self,
+        *,
+        count: int,
+        top: int,
+        normalize: bool,
+        embed: int,
+        mlp: int,
+        paths: tuple[str, str, str],
+        dtype: str,
+    ) -> None:
+        self.top, self.normalize = top, normalize
+        into, out = ("experts", "expert_mlp", "embed"), ("experts", "embed", "expert_mlp")
+        self.gate_proj = parameter((count, mlp, embed), into, dtype)
+        self.up_proj = parameter((count, mlp, embed), into, dtype)
+        self.down_proj = parameter((count, embed, mlp), out, dtype)
+        for weight, path in zip(self._weights(), paths, strict=True):
+            weight.attrs["stored"] = Stored(path)
+
+    def _weights(self) -> tuple[nn.Parameter, ...]:
+        return self.gate_proj, self.up_proj, self.down_proj
+
+    def forward(self, x: nn.Tensor, scores: nn.Tensor) -> nn.Tensor:
+        """x [n, embed], scores of the experts float32 [n, count] -> [n, embed]."""
+        chosen = [x.shape[0], self.top]
+        kinds = [nn.Tensor.placeholder(chosen, dtype) for dtype in ("int32", "float32")]
+        ids, weights = abstract("route", [scores, self.top, int(self.normalize)], like=kinds)
+        (out,) = abstract("experts", [x, *self._weights(), ids, weights], like=[x])
+        return out
 
 
 class Embedding(nn.Module):

@@ -77,10 +77,11 @@ class LlamaDecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward with residuals."""
 
     attention_class: type[LlamaAttention] = LlamaAttention
+    feed_forward_name = "mlp"
 
     def __init__(self, config: Any, dtype: str, layer: int) -> None:
         self.self_attn = self.attention_class(config, dtype, layer)
-        self.mlp = self.feed_forward(config, dtype, layer)
+        setattr(self, self.feed_forward_name, self.feed_forward(config, dtype, layer))
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
@@ -91,7 +92,8 @@ class LlamaDecoderLayer(nn.Module):
     def forward(self, x: nn.Tensor, rotary: nn.Tensor, cache: Cache) -> nn.Tensor:
         """x [n, embed] -> [n, embed]."""
         x = op.add(x, self.self_attn(self.input_layernorm(x), rotary, cache))
-        return op.add(x, self.mlp(self.post_attention_layernorm(x)))
+        feed_forward = getattr(self, self.feed_forward_name)
+        return op.add(x, feed_forward(self.post_attention_layernorm(x)))
 
 
 class LlamaModel(nn.Module):

@@ -121,13 +121,14 @@ def test_build_passes_every_option(
     args = f"build --model m -o {out} --quantization q0f16 --num-shards 3 --target cuda"
     args += " --arch sm_89,sm_90a --max-seq-len 2048 --max-batch-size 4 --prefill-chunk-size 128"
     args += f" --use-cuda-graph --build-model-only --dummy-weights --explain --dump-ir {ir}"
-    args += " --disable-pass fuse_qkv --disable-pass fuse_add_norm --rocm-abi 6"
+    args += " --disable-pass fuse_qkv --disable-pass fuse_add_norm --rocm-abi 6 --expert-parallel"
     assert cli.run(args.split()) == 0
     (options,) = compiler.calls
     assert vars(options) == {
         "model": "m",
         "out": out,
         "quantization": "q0f16",
+        "expert_parallel": True,
         "num_shards": 3,
         "target": "cuda",
         "archs": ("sm_89", "sm_90a"),

@@ -6,7 +6,8 @@ import tvm
 from tvm.target import Target
 
 from shardwright.compiler.kernels import experts
-from shardwright.compiler.quantization import dequantize_q4, quantize_q4
+from shardwright.compiler.packing import Packing, pack
+from shardwright.compiler.quantization import quantize
 
 
 def build(func):
@@ -46,11 +47,13 @@ def test_route(count, top, normalize):
 def pair(weight, group):
     """A weight and its scales, or itself twice; and what it stands for."""
     if not group:
-        return (weight, weight), weight.astype("float64")
-    count, rows, cols = weight.shape
-    words, scales = quantize_q4(weight.reshape(-1, cols), group)
-    whole = dequantize_q4(words, scales, group).reshape(weight.shape).astype("float64")
-    return (words.reshape(count, rows, -1), scales.reshape(count, rows, -1)), whole
+        flat = weight.reshape(-1, weight.shape[-1])
+        return (flat, flat), weight.astype("float64")
+    cols = weight.shape[-1]
+    packing = Packing(4, group, offset=7)
+    codes, scales = quantize(weight.reshape(-1, cols), packing)
+    whole = (codes.astype("float64") - 7) * np.repeat(scales.astype("float64"), group, axis=1)
+    return (pack(codes, 4), scales), whole.reshape(weight.shape)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

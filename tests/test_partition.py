@@ -520,8 +520,8 @@ def test_query_heads_away_from_their_kv_head_are_refused():
 
 def test_an_axis_without_a_rule_is_refused():
     rules = AxisRules(DeviceMesh(("tp",), (2,)), LlamaConfig(96, 64, 96, 2, 4, 2, 16))
-    with pytest.raises(ShardingError, match="logical axis 'experts' has no rule; add it to"):
-        rules.placement((4, 8), ("experts", "embed"))
+    with pytest.raises(ShardingError, match="logical axis 'states' has no rule; add it to"):
+        rules.placement((4, 8), ("states", "embed"))
 
 
 # The verifier does not trust the partitioner -----------------------------------------------------
@@ -590,3 +590,99 @@ def test_placements_print_as_they_are():
     assert str(Replicate()) == "Replicate" and str(Partial()) == "Partial(sum)"
     assert str(Shard(0, 7, 2, even_table(4, 3))) == "Shard(0)+5 pad"
     assert str(Shard(1, 4, 2, ((1,), (0,)))) == "Shard(1, blocks of 2: 1 | 0)"
+
+
+def test_experts_are_cut_inside_or_shared_out_whole():
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(
+            x: R.Tensor((3, 6), "float32"),
+            scores: R.Tensor((3, 4), "float32"),
+            gate: R.Tensor((4, 8, 6), "float32"),
+            up: R.Tensor((4, 8, 6), "float32"),
+            down: R.Tensor((4, 6, 8), "float32"),
+        ):
+            R.func_attr({"num_input": 2})
+            with R.dataflow():
+                both = R.call_dps_packed(
+                    "shardwright.route",
+                    (scores, R.prim_value(2), R.prim_value(1)),
+                    out_ty=[R.Tensor((3, 2), "int32"), R.Tensor((3, 2), "float32")],
+                )
+                ids = both[0]
+                weights = both[1]
+                y = R.call_dps_packed(
+                    "shardwright.experts",
+                    (x, gate, up, down, ids, weights),
+                    out_ty=R.Tensor((3, 6), "float32"),
+                )
+                z = R.add(x, y)
+                R.output(z)
+            return z
+
+    @I.ir_module
+    class Inside:
+        @R.function
+        def main(
+            x: R.Tensor((3, 6), "float32"),
+            scores: R.Tensor((3, 4), "float32"),
+            gate: R.Tensor((4, 4, 6), "float32"),
+            up: R.Tensor((4, 4, 6), "float32"),
+            down: R.Tensor((4, 6, 4), "float32"),
+        ):
+            R.func_attr({"num_input": 2})
+            with R.dataflow():
+                both = R.call_dps_packed(
+                    "shardwright.route",
+                    (scores, R.prim_value(2), R.prim_value(1)),
+                    out_ty=[R.Tensor((3, 2), "int32"), R.Tensor((3, 2), "float32")],
+                )
+                ids = both[0]
+                weights = both[1]
+                y = R.call_dps_packed(
+                    "shardwright.experts",
+                    (x, gate, up, down, ids, weights),
+                    out_ty=R.Tensor((3, 6), "float32"),
+                )
+                s = R.ccl.allreduce(y, "sum", True)
+                z = R.add(x, s)
+                R.output(z)
+            return z
+
+    @I.ir_module
+    class Whole:
+        @R.function
+        def main(
+            x: R.Tensor((3, 6), "float32"),
+            scores: R.Tensor((3, 4), "float32"),
+            rank: R.Tensor((1,), "int32"),
+            gate: R.Tensor((2, 8, 6), "float32"),
+            up: R.Tensor((2, 8, 6), "float32"),
+            down: R.Tensor((2, 6, 8), "float32"),
+        ):
+            R.func_attr({"num_input": 3})
+            with R.dataflow():
+                both = R.call_dps_packed(
+                    "shardwright.route",
+                    (scores, R.prim_value(2), R.prim_value(1)),
+                    out_ty=[R.Tensor((3, 2), "int32"), R.Tensor((3, 2), "float32")],
+                )
+                ids = both[0]
+                weights = both[1]
+                y = R.call_dps_packed(
+                    "shardwright.local_experts",
+                    (x, gate, up, down, ids, weights, rank),
+                    out_ty=R.Tensor((3, 6), "float32"),
+                )
+                s = R.ccl.allreduce(y, "sum", True)
+                z = R.add(x, s)
+                R.output(z)
+            return z
+
+    inside = {"gate": EIGHT.with_dim(1), "up": EIGHT.with_dim(1), "down": EIGHT.with_dim(2)}
+    check(Before, inside, Inside)
+    whole = Shard(0, 4, 1, even_table(4, 2))
+    check(Before, dict.fromkeys(inside, whole), Whole)
+    with pytest.raises(ShardingError, match="experts: the cut of weight gate"):
+        partition(Before, inside | {"down": EIGHT.with_dim(1)}, 2)

@@ -11,13 +11,14 @@ from shardwright.compiler.cuda import cuda_target
 from shardwright.compiler.lower import lower_abstract
 from shardwright.compiler.quantization import quantization
 from shardwright.compiler.script_speed import without_source_context
+from shardwright.errors import UsageError
 from shardwright.model_defs import family_of
 
 RANKS = (2, 4, 8)
 NAMES = list(PUBLISHED)
 TARGET = cuda_target(("sm_90a",))
 # One of each kind goes all the way to CUDA source in `make test`.
-TO_SOURCE = {("Gemma-3-27b", 8), ("Phi-4-mini", 4)}
+TO_SOURCE = {("Gemma-2-27b", 8), ("Phi-4-mini", 4), ("Qwen3-30B-A3B", 2)}
 
 
 def shortened(config):
@@ -28,12 +29,14 @@ def shortened(config):
     return family, family.config.from_hf({**config, "num_hidden_layers": layers})
 
 
-def partitioned(name, ranks, tmp_path):
+def partitioned(name, ranks, tmp_path, expert_parallel=False):
     family, config = shortened(PUBLISHED[name])
     options = BuildOptions("", tmp_path, num_shards=ranks, target="cuda", max_batch_size=1)
     scheme = quantization("q4f16_1")
     limits = limits_of(options, config)
-    return partition_program(family.model(config, scheme.dtype), scheme, limits, ranks), limits
+    model = family.model(config, scheme.dtype)
+    options = {"expert_parallel": expert_parallel}
+    return partition_program(model, scheme, limits, ranks, **options), limits
 
 
 def grid(quick):
@@ -62,3 +65,17 @@ def test_compiles_to_cuda_source(name, ranks, tmp_path):
     program, limits = partitioned(name, ranks, tmp_path)
     compiled = compile_program(program, (TARGET,), limits, tmp_path / "model.so")
     assert {"prefill", "decode_1", "sample", "workspace"} <= compiled.functions.keys()
+
+
+def test_whole_experts_on_each_rank(tmp_path):
+    program, limits = partitioned("Qwen3-235B-A22B", 8, tmp_path, expert_parallel=True)
+    shapes = {name: w.tensors()[0][1] for name, w in program.weights.items()}
+    experts = "model.layers.0.mlp.experts."
+    assert shapes[experts + "gate_proj"] == (128 // 8 * 1536, 4096 // 8)
+    assert shapes[experts + "down_proj"] == (128 // 8 * 4096, 1536 // 8)
+    compile_program(program, (TARGET,), limits, tmp_path / "model.so")
+
+
+def test_a_model_without_experts_refuses_to_have_them_whole(tmp_path):
+    with pytest.raises(UsageError, match="this model has no experts"):
+        partitioned("Qwen3-0.6B", 2, tmp_path, expert_parallel=True)

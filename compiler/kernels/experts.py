@@ -2,11 +2,11 @@
 # (TVMScript is parsed, never run, so it has no Python types.)
 """Products with the experts that a router chose, and the choice itself.
 
-Slot s of `n * top` is choice `s % top` of token `s // top`. A weight is `[experts, rows, cols]`, or
-in four bits, as `matmul.py` has it, words `[experts, rows, cols / 8]` and scales `[experts, rows,
-cols / group]`. Every weight comes with its scales; for a plain one (`group` 0) they are the weight
-again, and not read. The experts of a rank are those from `rank * experts` on. Slots of others are
-skipped: what is written of them is not read, and in the sum they are zero.
+Slot s of `n * top` is choice `s % top` of token `s // top`. A weight is `[experts * rows, cols]`,
+or in four bits, as `matmul.py` has it, words `[experts * rows, cols / 8]` and scales
+`[experts * rows, cols / group]`. Every weight comes with its scales; for a plain one (`group` 0)
+they are the weight again, and not read. The experts of a rank are those from `rank * experts` on.
+Slots of others are skipped: what is written of them is not read, and in the sum they are zero.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ def route(
 
 def _weight_shapes(
     experts: int, rows: int, cols: int, group: int, dtype: str
-) -> tuple[tuple[tuple[int, int, int], str], tuple[tuple[int, int, int], str]]:
+) -> tuple[tuple[tuple[int, int], str], tuple[tuple[int, int], str]]:
     """Shapes and dtypes of a weight and its scales."""
     if not group:
-        plain = ((experts, rows, cols), dtype)
+        plain = ((experts * rows, cols), dtype)
         return plain, plain
-    return ((experts, rows, cols // 8), "uint32"), ((experts, rows, cols // group), dtype)
+    return ((experts * rows, cols // 8), "uint32"), ((experts * rows, cols // group), dtype)
 
 
 def _nibble(word: Any, i: Any) -> Any:
@@ -170,10 +170,10 @@ def experts_up(
                         if expert >= 0 and expert < experts and row < rows:
                             a = T.alloc_buffer((unit,), "float32", scope="local")
                             b = T.alloc_buffer((unit,), "float32", scope="local")
-                            _dot(x, slot // top, gate, gate_scale, expert, row, a, tid % warp,
-                                 warp, width, unit, group, dtype)  # fmt: skip
-                            _dot(x, slot // top, up, up_scale, expert, row, b, tid % warp,
-                                 warp, width, unit, group, dtype)  # fmt: skip
+                            _dot(x, slot // top, gate, gate_scale, expert * rows + row, a,
+                                 tid % warp, warp, width, unit, group, dtype)  # fmt: skip
+                            _dot(x, slot // top, up, up_scale, expert * rows + row, b,
+                                 tid % warp, warp, width, unit, group, dtype)  # fmt: skip
                             g: T.float32 = T.float32(0)
                             u: T.float32 = T.float32(0)
                             for i in T.unroll(unit):
@@ -243,7 +243,7 @@ def experts_down(
                             for k in T.serial(top):
                                 expert: T.let[T.int32] = ids[t, k] - rank[0] * experts
                                 if expert >= 0 and expert < experts:
-                                    _dot(h, t * top + k, down, down_scale, expert, row, a,
+                                    _dot(h, t * top + k, down, down_scale, expert * rows + row, a,
                                          tid % warp, warp, width, unit, group, dtype)  # fmt: skip
                                     for i in T.unroll(unit):
                                         total = total + weights[t, k] * a[i]
@@ -276,7 +276,7 @@ def _each(count: Any, gpu: bool) -> Any:
 
 
 @T.inline
-def _dot(x, source_row, weight, scale, expert, row, acc, lane, lanes, width, unit, group, dtype):
+def _dot(x, source_row, weight, scale, row, acc, lane, lanes, width, unit, group, dtype):
     """Every thread's part of a row's product with x, spread over `acc`."""
     for i in T.unroll(unit):
         acc[i] = T.float32(0)
@@ -284,9 +284,9 @@ def _dot(x, source_row, weight, scale, expert, row, acc, lane, lanes, width, uni
         for step in T.serial(width // unit):
             if group > 0:
                 for w in T.unroll(unit // 8):
-                    word: T.let[T.uint32] = weight[expert, row, step * (unit // 8) + w]
+                    word: T.let[T.uint32] = weight[row, step * (unit // 8) + w]
                     factor: T.let[T.float32] = T.cast(
-                        scale[expert, row, (step * unit + w * 8) // group], "float32"
+                        scale[row, (step * unit + w * 8) // group], "float32"
                     )
                     for i in T.vectorized(8):
                         acc[w * 8 + i] = acc[w * 8 + i] + factor * _nibble(word, i) * T.cast(
@@ -294,9 +294,9 @@ def _dot(x, source_row, weight, scale, expert, row, acc, lane, lanes, width, uni
                         )
             else:
                 for i in T.vectorized(unit):
-                    acc[i] = acc[i] + T.cast(
-                        weight[expert, row, step * unit + i], "float32"
-                    ) * T.cast(x[source_row, step * unit + i], "float32")
+                    acc[i] = acc[i] + T.cast(weight[row, step * unit + i], "float32") * T.cast(
+                        x[source_row, step * unit + i], "float32"
+                    )
     else:
         words = T.alloc_buffer((T.max(unit // 8, 1),), "uint32", scope="local")
         values = T.alloc_buffer((unit,), dtype, scope="local")
@@ -305,13 +305,13 @@ def _dot(x, source_row, weight, scale, expert, row, acc, lane, lanes, width, uni
             first: T.let[T.int32] = T.cast((step * lanes + lane) * unit, "int32")
             if group > 0:
                 for i in T.vectorized(unit // 8):
-                    words[i] = weight[expert, row, first // 8 + i]
+                    words[i] = weight[row, first // 8 + i]
                 for c in T.unroll(unit // 8):
                     for i in T.vectorized(8):
                         xs[c * 8 + i] = x[source_row, first + c * 8 + i]
                 for c in T.unroll(unit // 8):
                     factor: T.let[T.float32] = T.cast(
-                        scale[expert, row, (first + c * 8) // group], "float32"
+                        scale[row, (first + c * 8) // group], "float32"
                     )
                     for i in T.unroll(8):
                         acc[c * 8 + i] = acc[c * 8 + i] + factor * _nibble(words[c], i) * T.cast(
@@ -319,7 +319,7 @@ def _dot(x, source_row, weight, scale, expert, row, acc, lane, lanes, width, uni
                         )
             else:
                 for i in T.vectorized(unit):
-                    values[i] = weight[expert, row, first + i]
+                    values[i] = weight[row, first + i]
                 for i in T.vectorized(unit):
                     xs[i] = x[source_row, first + i]
                 for i in T.unroll(unit):
@@ -421,8 +421,10 @@ def experts_grouped(
             shared[kind, at % 4 * 8 + i, at // 4] = T.float32(0)
         if row < rows and column < width:
             if group > 0:
-                word: T.let[T.uint32] = source[expert, row, column // 8]
-                factor: T.let[T.float32] = T.cast(scales[expert, row, column // group], "float32")
+                word: T.let[T.uint32] = source[expert * rows + row, column // 8]
+                factor: T.let[T.float32] = T.cast(
+                    scales[expert * rows + row, column // group], "float32"
+                )
                 for i in T.unroll(8):
                     # Rounded as the kernels that unpack to memory round.
                     shared[kind, at % 4 * 8 + i, at // 4] = T.cast(
@@ -431,7 +433,7 @@ def experts_grouped(
             else:
                 eight = T.alloc_buffer((8,), dtype, scope="local")
                 for i in T.vectorized(8):
-                    eight[i] = source[expert, row, column + i]
+                    eight[i] = source[expert * rows + row, column + i]
                 for i in T.unroll(8):
                     shared[kind, at % 4 * 8 + i, at // 4] = T.cast(eight[i], "float32")
 

@@ -131,6 +131,38 @@ def _phi3(**kwargs: Any) -> dict[str, Any]:
     return _config("Phi3ForCausalLM", "phi3", **{**more, **kwargs})
 
 
+def _mixtral(**kwargs: Any) -> dict[str, Any]:
+    more = {
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "output_router_logits": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return _config("MixtralForCausalLM", "mixtral", **{**more, **kwargs})
+
+
+def _qwen3_moe(**kwargs: Any) -> dict[str, Any]:
+    more = {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+        "tie_word_embeddings": False,
+    }
+    return {**_qwen3(**kwargs), **more}
+
+
 def _longrope(pairs: int) -> dict[str, Any]:
     """With factors of our own: the published lists are long, and only their length matters here."""
     long_factor = [1.0 + i for i in range(pairs)]
@@ -207,5 +239,19 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         original_max_position_embeddings=4096, sliding_window=262144, rope_scaling=_longrope(48),
         partial_rotary_factor=0.75, full_attn_mod=1, interpolate_factor=1,
         tie_word_embeddings=True, bos_token_id=199999, eos_token_id=199999, pad_token_id=199999,
+    ),
+    "Mixtral-8x7B": _mixtral(
+        vocab=32000, hidden=4096, mlp=14336, layers=32, heads=(32, 8), length=32768,
+        router_aux_loss_coef=0.02,
+    ),
+    "Mixtral-8x22B": _mixtral(
+        vocab=32768, hidden=6144, mlp=16384, layers=56, heads=(48, 8), length=65536,
+        router_aux_loss_coef=0.001, router_jitter_noise=0.0,
+    ),
+    "Qwen3-30B-A3B": _qwen3_moe(
+        hidden=2048, mlp=6144, layers=48, heads=(32, 4), moe_intermediate_size=768
+    ),
+    "Qwen3-235B-A22B": _qwen3_moe(
+        hidden=4096, mlp=12288, layers=94, heads=(64, 4), moe_intermediate_size=1536
     ),
 }  # fmt: skip
