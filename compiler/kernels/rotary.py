@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import math
+from math import gcd
 from typing import Any
 
+import tvm
 from tvm import tirx
 from tvm.script import tirx as T
 
@@ -16,6 +18,7 @@ from .common import (
     for_blocks,
     is_gpu,
     kind_of,
+    lanes_for,
     launch_dependents,
     wait_for_inputs,
 )
@@ -179,21 +182,15 @@ def rotary_append(
     cache = (layers, pages, kv_heads, page_size, head_dim)
     parts = heads + 2 * kv_heads
     gpu = is_gpu(target)
+    # Adjacent pairs that a thread takes, so that it reads and writes 16 bytes at once.
+    lanes = lanes_for(gcd(half, turning), 128 // tvm.DataType(dtype).bits) if gpu else 1
+    threads = half // lanes  # of a head
+    # A block takes several heads of a prefill: one would be done before the next is launched.
+    together = max(1, min(parts, 256 // threads)) if gpu and tokens is None else 1
 
     def read(source: Any, t: Any, part: Any, first: int, j: Any) -> Any:
         """Element j of a head: `part` counts all heads, of which q, k or v begins at `first`."""
         return source[t, part * head_dim + j] if joined else source[t, part - first, j]
-
-    def turned(source: Any, t: Any, part: Any, first: int, table: Any, j: Any) -> tuple[Any, Any]:
-        """The two elements of pair j, turned by the token's angle."""
-        a = T.cast(read(source, t, part, first, low(j)), "float32")
-        b = T.cast(read(source, t, part, first, high(j)), "float32")
-        if turning == half:
-            c, s = table[t, 0, j], table[t, 1, j]
-        else:
-            c = T.if_then_else(j < turning, table[t, 0, T.min(j, turning - 1)], T.float32(1))
-            s = T.if_then_else(j < turning, table[t, 1, T.min(j, turning - 1)], T.float32(0))
-        return T.cast(a * c - b * s, dtype), T.cast(b * c + a * s, dtype)
 
     def low(j: Any) -> Any:
         """The first element of pair j; pairs that are not turned follow those that are."""
@@ -202,8 +199,12 @@ def rotary_append(
     def high(j: Any) -> Any:
         return j + half if turning == half else j + T.if_then_else(j < turning, turning, half)
 
-    # Of many tokens a block takes several heads: it would be done before the next one is launched.
-    together = max(1, min(8, 512 // half)) if gpu and tokens is None else 1
+    def angle(table: Any, t: Any, which: int, j: Any) -> Any:
+        """Cosine (0) or sine (1) of pair j."""
+        if turning == half:
+            return table[t, which, j]
+        still = T.float32(1 - which)
+        return T.if_then_else(j < turning, table[t, which, T.min(j, turning - 1)], still)
 
     def each_heads() -> Any:
         return T.thread_binding(-(-parts // together), thread="blockIdx.y") if gpu else T.serial(1)
@@ -211,42 +212,67 @@ def rotary_append(
     def each_head() -> Any:
         return T.thread_binding(together, thread="threadIdx.y") if gpu else T.serial(parts)
 
-    def each_pair() -> Any:
-        return T.thread_binding(half, thread="threadIdx.x") if gpu else T.serial(half)
+    def each_pairs() -> Any:
+        return T.thread_binding(threads, thread="threadIdx.x") if gpu else T.serial(threads)
+
+    @T.inline
+    def load(source, t, part, first, j, a, b):
+        for e in T.vectorized(lanes):
+            a[e] = read(source, t, part, first, low(j) + e)
+        for e in T.vectorized(lanes):
+            b[e] = read(source, t, part, first, high(j) + e)
+
+    @T.inline
+    def turn(table, t, j, a, b):
+        """Turn the pairs (a, b) by the token's angles."""
+        for e in T.unroll(lanes):
+            x: T.let[T.float32] = T.cast(a[e], "float32")
+            y: T.let[T.float32] = T.cast(b[e], "float32")
+            c: T.let[T.float32] = angle(table, t, 0, j + e)
+            s: T.let[T.float32] = angle(table, t, 1, j + e)
+            a[e] = T.cast(x * c - y * s, dtype)
+            b[e] = T.cast(y * c + x * s, dtype)
+
+    @T.inline
+    def append(cache, layer, page, h, slot, j, a, b):
+        for e in T.vectorized(lanes):
+            cache[layer, page, h, slot, low(j) + e] = a[e]
+        for e in T.vectorized(lanes):
+            cache[layer, page, h, slot, high(j) + e] = b[e]
 
     @T.inline
     def body(q, k, v, table, k_pages, v_pages, page_table, rows, positions, layer, q_rot):
-        # One block per token and head or heads (query heads, then key heads, then value heads), one
-        # thread per pair.
+        # Query heads, then key heads, then value heads.
         for t in for_blocks(n, gpu):
-            for y in each_heads():
-                for z in each_head():
-                    for j in each_pair():
+            for group in each_heads():
+                for member in each_head():
+                    for unit in each_pairs():
                         launch_dependents(target)
                         wait_for_inputs(target)
-                        part: T.let[T.int32] = y * together + z
+                        a = T.alloc_buffer((lanes,), dtype, scope="local")
+                        b = T.alloc_buffer((lanes,), dtype, scope="local")
+                        part: T.let[T.int32] = group * together + member
+                        j: T.let[T.int32] = unit * lanes
                         if part < heads:
-                            q0: T.let = turned(q, t, part, 0, table, j)[0]
-                            q1: T.let = turned(q, t, part, 0, table, j)[1]
-                            q_rot[t, part, low(j)] = q0
-                            q_rot[t, part, high(j)] = q1
+                            load(q, t, part, 0, j, a, b)
+                            turn(table, t, j, a, b)
+                            for e in T.vectorized(lanes):
+                                q_rot[t, part, low(j) + e] = a[e]
+                            for e in T.vectorized(lanes):
+                                q_rot[t, part, high(j) + e] = b[e]
                         else:
                             position: T.let[T.int32] = positions[t]
                             if position >= 0 and part < parts:
                                 page: T.let[T.int32] = page_table[rows[t], position // page_size]
                                 slot: T.let[T.int32] = position % page_size
                                 if part < heads + kv_heads:
-                                    h: T.let[T.int32] = part - heads
-                                    k0: T.let = turned(k, t, part, heads, table, j)[0]
-                                    k1: T.let = turned(k, t, part, heads, table, j)[1]
-                                    k_pages[layer, page, h, slot, low(j)] = k0
-                                    k_pages[layer, page, h, slot, high(j)] = k1
+                                    load(k, t, part, heads, j, a, b)
+                                    turn(table, t, j, a, b)
+                                    append(k_pages, layer, page, part - heads, slot, j, a, b)
                                 else:
-                                    g: T.let[T.int32] = part - heads - kv_heads
-                                    v0: T.let = read(v, t, part, heads + kv_heads, j)
-                                    v1: T.let = read(v, t, part, heads + kv_heads, j + half)
-                                    v_pages[layer, page, g, slot, j] = v0
-                                    v_pages[layer, page, g, slot, j + half] = v1
+                                    h: T.let[T.int32] = part - heads - kv_heads
+                                    load(v, t, part, heads + kv_heads, j, a, b)
+                                    append(v_pages, layer, page, h, slot, j, a, b)
 
     if joined:
 
