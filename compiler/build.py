@@ -30,6 +30,7 @@ from shardwright.compiler.script_speed import without_source_context
 from shardwright.compiler.stored import experts_as_matrices, matrix_placement, matrix_shape
 from shardwright.compiler.trace import Limits, Traced, trace
 from shardwright.compiler.verify import verify
+from shardwright.compiler.vocabulary import check_vocabulary
 from shardwright.compiler.weights import Source, Weight, ignore_buffers, write_shards
 from shardwright.compiler.workspace import PlanWorkspace
 from shardwright.errors import UsageError
@@ -139,6 +140,8 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
     architecture, family = family_of(checkpoint.config)
     config = family.config.from_hf(checkpoint.config)
     limits = limits_of(options, config)
+    special = (*config.bos_token_id, *config.eos_token_id)
+    check_vocabulary(checkpoint.root, config.vocab_size, special)
     _prepare(options.out)
 
     with progress.step("Partition"):

@@ -232,7 +232,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"{path}: truncated or no safetensors file; its header would take {length} "
                     f"bytes of {size}. Fetch it again."
                 )
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
         tensors = {
             name: _tensor_info(path, 8 + length, entry)
             for name, entry in header.items()
@@ -246,6 +246,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if end > size:
         raise CheckpointError(f"{path}: truncated, {size} bytes instead of {end}; fetch it again")
     return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError if it names anything twice, of which JSON would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)} is there twice")
+    return found
 
 
 def _tensor_info(path: Path, base: int, entry: dict[str, Any]) -> TensorInfo:

@@ -215,3 +215,12 @@ def test_quantized_dtypes_are_refused(single):
 def test_listing():
     assert listing(["a", "b"]) == "a, b"
     assert listing([str(i) for i in range(23)]).endswith("18, 19 and 3 more")
+
+
+def test_a_tensor_twice_in_a_file(single):
+    entry = '"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    header = f"{{{entry}, {entry}}}".encode()
+    path = single / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(CheckpointError, match=r"damaged safetensors header.*a is there twice"):
+        Checkpoint.open(single)
