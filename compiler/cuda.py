@@ -57,6 +57,11 @@ def cuda_target(archs: tuple[str, ...]) -> tvm.target.Target:
     )
 
 
+def from_sm_90(target: tvm.target.Target) -> bool:
+    """Whether all GPUs that `target` is for have thread block clusters and dependent launch."""
+    return target.kind.name == "cuda" and _version(str(target.attrs["arch"])) >= 90
+
+
 def install_hook(archs: tuple[str, ...]) -> None:
     """Make TVM compile CUDA source for `archs` with nvcc. Raises BuildError without nvcc."""
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")

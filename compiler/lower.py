@@ -627,7 +627,7 @@ def _take(k: _Kernels, _call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
 
 
 def _peer_all_reduce(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
-    kernel = k.kernel(all_reduce.all_reduce, **_peer_shapes(*args[:3]))
+    kernel = k.kernel(all_reduce.all_reduce, **_peer_shapes(k, *args[:3]))
     return relax.call_tir(kernel, args, call.ty)
 
 
@@ -635,15 +635,33 @@ def _peer_all_reduce_add_rms_norm(
     k: _Kernels, call: relax.Call, args: list[relax.Expr]
 ) -> relax.Expr:
     *tensors, eps = args
-    shapes = _peer_shapes(tensors[1], *tensors[3:5])
+    shapes = _peer_shapes(k, tensors[1], *tensors[3:5])
     kernel = k.kernel(all_reduce.all_reduce_add_rms_norm, **shapes, eps=_value(eps))
     return relax.call_tir(kernel, tensors, list(call.ty.fields))
 
 
-def _peer_shapes(x: relax.Expr, peers: relax.Expr, calls: relax.Expr) -> dict[str, int]:
+def _peer_store_logits(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    *tensors, first = args
+    new, _, peers, calls, _, logits = map(shape_of, tensors)
+    kernel = k.kernel(
+        all_reduce.gather_logits,
+        tokens=new[0],
+        local=new[1],
+        vocab=logits[1],
+        ranks=peers[0] - 1,
+        rows=calls[0],
+        first=_value(first),
+    )
+    return relax.call_tir_inplace(kernel, tensors, [5], call.ty)
+
+
+def _peer_shapes(
+    k: _Kernels, x: relax.Expr, peers: relax.Expr, calls: relax.Expr
+) -> dict[str, int]:
     tokens, features = shape_of(x)
     ranks, rows = shape_of(peers)[0] - 1, shape_of(calls)[0]
-    return {"tokens": tokens, "features": features, "ranks": ranks, "rows": rows}
+    sizes = {"tokens": tokens, "features": features, "ranks": ranks, "rows": rows}
+    return sizes | {"clusters": k.arch >= 90}
 
 
 def _all_reduce(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
@@ -684,6 +702,7 @@ LOWERINGS: dict[str, Lowering] = {
     "relax.take": _take,
     "shardwright.peer_all_reduce": _peer_all_reduce,
     "shardwright.peer_all_reduce_add_rms_norm": _peer_all_reduce_add_rms_norm,
+    "shardwright.peer_store_logits": _peer_store_logits,
     "relax.ccl.allreduce": _all_reduce,
     "relax.ccl.allgather": _all_gather,
 }

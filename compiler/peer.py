@@ -1,14 +1,17 @@
 """Decode functions whose all-reduces go through peer memory, beside those that use NCCL.
 
-`add_peer_decode` gives every `decode_<batch>` a twin `decode_<batch>_peer`, in which all-reduces
-are kernels of ours and, where a residual add and a norm follow, one kernel with them. The runtime
-calls the twins where the ranks can map each other's memory.
+`add_peer_decode` gives each `decode_<batch>` of few rows a twin `decode_<batch>_peer`, in which
+all-reduces are kernels of ours and, where a residual add and a norm follow, one kernel with them;
+logits are gathered the same way. The runtime calls the twins where the ranks can map each other's
+memory.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import tvm
 from tvm import relax
 
@@ -18,17 +21,28 @@ from shardwright.compiler.rules import op_name, operands_of, shape_of
 
 SUFFIX = "_peer"
 PEER_PASS = "add_peer_decode"
-MAX_ROWS = 64
-"""Most tokens of one all-reduce; above it NCCL's bandwidth counts for more than its latency."""
+MAX_BYTES = 2 << 20
+"""Of one all-reduce; above it NCCL's bandwidth counts for more than its latency."""
 
 
 @dataclass(frozen=True)
 class PeerState:
-    """State of the peer all-reduce on each rank, see `kernels/all_reduce.py`."""
+    """State on each rank of what goes over peer memory.
+
+    See `kernels/peer.cuh`. `logits` is how many of a row a rank computes, 0 where they are not
+    gathered so.
+    """
 
     ranks: int
     rows: int
     features: int
+    logits: int = 0
+
+    @property
+    def logits_at(self) -> int:
+        """Word of the buffer at which logits begin; before it are the sums' words."""
+        # A word for each element, half of a word being flag, and two halves used in turn.
+        return 2 * self.ranks * self.rows * self.features
 
     @property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -36,41 +50,97 @@ class PeerState:
         return {
             "peers": ((self.ranks + 1,), "int64"),
             "peer_calls": ((self.rows,), "int32"),
-            # A word for each element: half of a word is flag.
-            "peer_buffer": ((2, self.ranks, self.rows, self.features), "uint32"),
+            # A flag beside each logit.
+            "peer_buffer": (
+                (self.logits_at + 2 * self.ranks * self.rows * self.logits,),
+                "uint32",
+            ),
         }
 
 
 def peer_state(mod: tvm.IRModule, ranks: int) -> PeerState | None:
-    """State for the all-reduces of `mod`'s decode functions; None where they do not qualify.
+    """State for the all-reduces of `mod`'s decode functions; None where none qualifies.
 
     They do if there are several ranks and every all-reduce is of float16 rows of one length, a
-    multiple of 8, and not too many.
+    multiple of 8. Functions of so many rows that NCCL is faster are left to it.
     """
-    shapes = {
-        (shape_of(b.var), str(b.var.ty.dtype))
+    functions = [mod[name] for name in _qualified(mod)]
+    shapes = {kind for func in functions for kind in _reduced(func)}
+    features = {shape[-1] for shape, _ in shapes}
+    if ranks == 1 or len(features) != 1:
+        return None
+    rows = max(shape[0] for shape, _ in shapes)
+    gathered = {_gathered_logits(func) for func in functions}
+    # None of a function that gathers otherwise; two logits travel together.
+    same = len(gathered) == 1 and (logits := gathered.pop()) is not None and logits % 2 == 0
+    return PeerState(ranks, rows, features.pop(), logits if same and logits else 0)
+
+
+def _qualified(mod: tvm.IRModule) -> list[str]:
+    """Names of the decode functions that get a twin."""
+    return [
+        gv.name_hint
         for gv, func in mod.functions_items()
         if gv.name_hint.startswith("decode_")
+        and (kinds := _reduced(func))
+        and all(len(s) == 2 and s[1] % 8 == 0 and dtype == "float16" for s, dtype in kinds)
+        and all(2 * s[0] * s[1] <= MAX_BYTES for s, _ in kinds)
+    ]
+
+
+def _reduced(func: relax.Function) -> set[tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes of what a function reduces over all ranks."""
+    return {
+        (shape_of(b.var), str(b.var.ty.dtype))
         for b in bindings_of(func)
         if _is(b.value, "relax.ccl.allreduce")
     }
-    features = {shape[-1] for shape, _ in shapes}
-    rows = max((shape[0] for shape, _ in shapes), default=0)
-    fits = all(len(s) == 2 and s[-1] % 8 == 0 and dtype == "float16" for s, dtype in shapes)
-    if ranks == 1 or len(features) != 1 or not fits or rows > MAX_ROWS:
-        return None
-    return PeerState(ranks, rows, features.pop())
+
+
+class _Gather(NamedTuple):
+    """The logits of this rank, those of all ranks being stored in their place."""
+
+    new: relax.Var
+    last: relax.Var
+    logits: relax.Var
+
+
+def _gather_of(store: relax.Call, values: dict[relax.Var, relax.Expr]) -> _Gather | None:
+    """What `shardwright.store_logits` keeps, if that was gathered from all ranks in rank order."""
+
+    def operand(x: relax.Expr, name: str) -> relax.Expr:
+        value = values.get(x) if isinstance(x, relax.Var) else None
+        return value.args[0] if value is not None and _is(value, name) else None
+
+    whole, last, logits = operands_of(store)
+    turned = operand(whole, "relax.permute_dims")
+    taken = operand(turned, "relax.take")
+    if taken is not None:
+        # Ids that leave out padding behind the last rank's.
+        ids = values[turned].args[1]
+        in_order = np.arange(shape_of(turned)[0])
+        if isinstance(ids, relax.Var) or not np.array_equal(ids.value.numpy(), in_order):
+            return None
+    gathered = operand(turned if taken is None else taken, "relax.ccl.allgather")
+    new = operand(gathered, "relax.permute_dims")
+    return None if new is None else _Gather(new, last, logits)
+
+
+def _gathered_logits(func: relax.Function) -> int | None:
+    values = {b.var: b.value for b in bindings_of(func)}
+    for value in values.values():
+        if _is(value, "shardwright.store_logits") and (found := _gather_of(value, values)):
+            return int(shape_of(found.new)[1])
+    return None
 
 
 def add_peer_decode(mod: tvm.IRModule, state: PeerState) -> tvm.IRModule:
     """`mod` with the twins. Runs after the fusions, so that norms are fused with adds already."""
-    functions = dict(mod.functions_items())
     twins = {
-        relax.GlobalVar(gv.name_hint + SUFFIX): _Twin(func, state).run(gv.name_hint + SUFFIX)
-        for gv, func in functions.items()
-        if gv.name_hint.startswith("decode_")
+        relax.GlobalVar(name + SUFFIX): _Twin(mod[name], state).run(name + SUFFIX)
+        for name in _qualified(mod)
     }
-    return tvm.IRModule({**functions, **twins})
+    return tvm.IRModule({**dict(mod.functions_items()), **twins})
 
 
 class _Twin(Rewriter):
@@ -84,6 +154,7 @@ class _Twin(Rewriter):
         ]
         self.num_input = int(func.attrs["num_input"])
         self.new_params[self.num_input : self.num_input] = self.state_vars
+        self.state = state
         self.rank = next(self.vars[p] for p in func.params if p.name == "rank")
 
     def run(self, name: str) -> relax.Function:
@@ -104,6 +175,13 @@ class _Twin(Rewriter):
                 args = [self.local(residual), summand, self.local(weight)]
                 args += [*self.state_vars, self.rank, eps]
                 return _abstract("peer_all_reduce_add_rms_norm", args, list(call.ty.fields))
+        if name == "shardwright.store_logits" and self.state.logits:
+            found = _gather_of(call, self.values)
+            assert found is not None  # or there would be no such state
+            new, last, logits = map(self.local, found)
+            first = relax.prim_value(self.state.logits_at)
+            args = [new, last, *self.state_vars, self.rank, logits, first]
+            return _abstract("peer_store_logits", args, call.ty)
         return None
 
 

@@ -9,6 +9,7 @@ import tvm_ffi
 from tvm import relax, tirx
 from tvm.s_tir import dlight
 
+from shardwright.compiler.cuda import from_sm_90
 from shardwright.compiler.kernels.common import LAUNCH_DEPENDENTS
 from shardwright.compiler.workspace import PlanWorkspace
 
@@ -56,7 +57,7 @@ def dependent_launch(mod: tvm.IRModule, _context: tvm.transform.PassContext) -> 
     `kernels/common.py`. It needs sm_90; for older architectures the module is returned as it is.
     """
     target = tvm.target.Target.current()
-    if target is None or target.kind.name != "cuda" or int(str(target.attrs["arch"])[3:]) < 90:
+    if target is None or not from_sm_90(target):
         return mod
     launched = {
         # TVM adds the thread axes itself.

@@ -102,13 +102,15 @@ class Program:
         self._bind_decode("_peer")
 
     def _bind_decode(self, suffix: str) -> None:
-        self._decode = {
-            bucket: functools.partial(
-                self._function(f"decode_{bucket}{suffix}"),
-                *self._arguments(f"decode_{bucket}{suffix}", {}),
+        """Bind the decode functions with `suffix`, or without where there is none of a bucket."""
+        self._decode = {}
+        for bucket in self._manifest.decode_buckets:
+            name = f"decode_{bucket}{suffix}"
+            if name not in self._manifest.functions:
+                name = f"decode_{bucket}"
+            self._decode[bucket] = functools.partial(
+                self._function(name), *self._arguments(name, {})
             )
-            for bucket in self._manifest.decode_buckets
-        }
 
     def sample(self) -> None:
         """Choose the next token of every active row from its logits."""

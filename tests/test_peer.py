@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import tvm
 from tvm import relax
@@ -69,16 +70,90 @@ def test_what_does_not_qualify_keeps_its_collectives(ranks, dtype):
     assert peer_state(decode(fused=False, dtype=dtype), ranks) is None
 
 
+def decode_logits(ranks, local, vocab, dtype="float32"):
+    """An all-reduce, and logits of `local` a rank that are gathered, cut to `vocab` and stored."""
+    bb = relax.BlockBuilder()
+    x = relax.Var("x", TYPE)
+    new = relax.Var("new", relax.TensorType([3, local], dtype))
+    last = relax.Var("last", relax.TensorType([3], "int32"))
+    logits = relax.Var("logits", relax.TensorType([3, vocab], dtype))
+    rank = relax.Var("rank", relax.TensorType([1], "int32"))
+    with bb.function("decode_3", [x, new, last, logits, rank], attrs={"num_input": 5}):
+        with bb.dataflow():
+            total = bb.emit(relax.op.ccl.allreduce(x, "sum", True))
+            whole = bb.emit(relax.op.permute_dims(new, [1, 0]))
+            whole = bb.emit(relax.op.ccl.allgather(whole, ranks, True))
+            if vocab != ranks * local:
+                ids = relax.const(np.arange(vocab), "int64")
+                whole = bb.emit(relax.op.take(whole, ids, axis=0, mode="fast"))
+            whole = bb.emit(relax.op.permute_dims(whole, [1, 0]))
+            args = relax.Tuple([whole, last, logits])
+            stored = bb.emit(
+                relax.call_dps_packed("shardwright.store_logits", args, logits.ty), "stored"
+            )
+            out = bb.emit_output(relax.Tuple([total, stored]))
+        bb.emit_func_output(out)
+    return bb.finalize()
+
+
+@pytest.mark.parametrize(("ranks", "local", "vocab"), [(2, 8, 16), (3, 6, 16), (4, 4, 16)])
+def test_logits_are_gathered_over_peer_memory(ranks, local, vocab):
+    before = decode_logits(ranks, local, vocab)
+    state = peer_state(before, ranks)
+    assert state == PeerState(ranks=ranks, rows=3, features=8, logits=local)
+    # Two halves of sums, then a logit and a flag for each of a row's.
+    words = 2 * ranks * 3 * 8 + 2 * ranks * 3 * local
+    assert state.tensors["peer_buffer"] == ((words,), "uint32")
+    after = add_peer_decode(before, state)
+    tvm.ir.assert_structural_equal(after["decode_3"], before["decode_3"])
+    total, stored = calls(after["decode_3_peer"])
+    assert op_name(total) == "shardwright.peer_all_reduce"
+    assert op_name(stored) == "shardwright.peer_store_logits"
+    *tensors, first = operands_of(stored)
+    names = ["new", "last", "peers", "peer_calls", "rank", "logits"]
+    assert [x.name for x in tensors] == names and first.value == 2 * ranks * 3 * 8
+
+
+def test_logits_that_do_not_go_in_pairs_keep_their_collective():
+    before = decode_logits(2, 7, 14)
+    state = peer_state(before, 2)
+    assert state.logits == 0 and state.tensors["peer_buffer"] == ((2 * 2 * 3 * 8,), "uint32")
+    names = [op_name(c) for c in calls(add_peer_decode(before, state)["decode_3_peer"])]
+    assert "relax.ccl.allgather" in names and "shardwright.peer_store_logits" not in names
+
+
+@pytest.mark.parametrize("clusters", [False, True])
 @pytest.mark.parametrize("features", [8, 128, 4096, 8192, 12288])
-def test_kernels_are_made_for_every_width(features):
-    sizes = {"tokens": 2, "features": features, "ranks": 4, "rows": 3}
-    for kernel in (
-        all_reduce.all_reduce(**sizes),
-        all_reduce.all_reduce_add_rms_norm(**sizes, eps=1e-5),
-    ):
-        text = str(kernel)
-        assert f"kRanks = 4, kRows = 3, kSize = {features}," in text
-        assert not any(macro in text for macro in ("RANKS", "THREADS", "EPSILON"))
+def test_plans_cover_a_row(features, clusters):
+    for ranks in (2, 4, 8, 16):
+        for tokens in (1, 64):
+            p = all_reduce.plan(tokens=tokens, features=features, ranks=ranks, clusters=clusters)
+            assert p.parts in ((1, 2, 4, 8) if clusters else (1,)) and p.threads % 32 == 0
+            assert p.threads <= 1024 and p.parts * p.threads * 16 >= features // 4
+            assert ranks > 2 or not p.two_shots
+    assert all_reduce.plan(tokens=64, features=8192, ranks=4, clusters=clusters).two_shots
+
+
+@pytest.mark.parametrize("clusters", [False, True])
+def test_kernels_say_what_they_are_instantiated_for(clusters):
+    sizes = {"tokens": 2, "features": 4096, "ranks": 4, "rows": 3, "clusters": clusters}
+    parts = "128, 8" if clusters else "1024, 1"
+    plain = str(all_reduce.all_reduce(**sizes))
+    fused = str(all_reduce.all_reduce_add_rms_norm(**sizes, eps=1e-5))
+    assert f"all_reduce<4, 3, 4096, {parts}, false, false>" in plain
+    assert f"all_reduce<4, 3, 4096, {parts}, false, true>" in fused
+    for text in (plain, fused):
+        assert f'in T.thread_binding({8 if clusters else 1}, thread="clusterCtaIdx.x")' in text
+
+
+def test_functions_of_many_rows_stay_with_nccl(monkeypatch):
+    few, many = decode_logits(2, 8, 16)["decode_3"], decode(fused=True)["decode_3"]
+    mod = tvm.IRModule({"decode_3": few, "decode_4": many})
+    monkeypatch.setattr("shardwright.compiler.peer.MAX_BYTES", 2 * 3 * 8 - 1)
+    assert peer_state(mod, 2) is None
+    monkeypatch.setattr("shardwright.compiler.peer.MAX_BYTES", 2 * 3 * 8)
+    names = {gv.name_hint for gv in add_peer_decode(mod, STATE).get_global_vars()}
+    assert names == {"decode_3", "decode_4", "decode_3_peer", "decode_4_peer"}
 
 
 class Cuda:

@@ -11,6 +11,7 @@ the arguments.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tvm import tirx
@@ -39,12 +40,6 @@ LAUNCH_DEPENDENTS = "shardwright_launch_dependents"
 _LAUNCH = _SM90.format(
     name=LAUNCH_DEPENDENTS, parameters="", body='asm volatile("griddepcontrol.launch_dependents;");'
 )
-WAIT_FOR_INPUTS = """
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-"""
-"""`wait_for_inputs` for the text of a CUDA function."""
 _WAIT = _SM90.format(
     name="shardwright_wait_for_inputs",
     parameters="",
@@ -56,6 +51,12 @@ _PREFETCH = _SM90.format(
     body="""asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
                :: "l"(__cvta_generic_to_global(first)), "r"(bytes));""",
 )
+
+
+def cuda_source(name: str) -> str:
+    """The text of a `.cuh` file of this folder, with the one that all of them share before it."""
+    folder = Path(__file__).parent
+    return (folder / "launch.cuh").read_text() + (folder / name).read_text()
 
 
 def extent(count: int | None, name: str = "n") -> Any:

@@ -1,0 +1,56 @@
+#ifndef SHARDWRIGHT_LAUNCH
+#define SHARDWRIGHT_LAUNCH
+// What kernels of several files share. Included once in a module.
+
+namespace shardwright {
+
+// Returns when the kernels before have ended, where this one was launched ahead of their end.
+__device__ __forceinline__ void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// A barrier of a cluster, in two halves, and as one.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_meet() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+// The address that `here`, in this block's shared memory, has in that of another of the cluster.
+__device__ __forceinline__ unsigned in_block(const void* here, int block) {
+  unsigned there = (unsigned)__cvta_generic_to_shared(here);
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(there), "r"(block));
+#endif
+  return there;
+}
+
+__device__ __forceinline__ void store_in_block(unsigned there, unsigned long long value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(there), "l"(value) : "memory");
+#endif
+}
+
+__device__ __forceinline__ unsigned long long load_from_block(unsigned there) {
+  unsigned long long value = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(there) : "memory");
+#endif
+  return value;
+}
+
+}  // namespace shardwright
+#endif
