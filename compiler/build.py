@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.quantization import Quantization, quantization
 from shardwright.compiler.rules import op_name, shape_of
 from shardwright.compiler.script_speed import without_source_context
+from shardwright.compiler.slicing import Reader
 from shardwright.compiler.stored import experts_as_matrices, matrix_placement, matrix_shape
 from shardwright.compiler.trace import Limits, Traced, trace
 from shardwright.compiler.verify import verify
@@ -132,11 +133,26 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
     The manifest is written last: an interrupted build leaves none. Raises UsageError for options
     that do not fit, and ConfigError, CheckpointError, ShardingError or BuildError.
     """
+    targets_of(options)  # before a model is fetched
+    quantization(options.quantization)
+    with_weights = not (options.build_model_only or options.dummy_weights)
+    checkpoint = Checkpoint.open(options.model, weights=with_weights)
+    return build_from(checkpoint, options, progress)
+
+
+def build_from(
+    checkpoint: Checkpoint,
+    options: BuildOptions,
+    progress: Progress | None = None,
+    readers: Mapping[str, Reader] | None = None,
+) -> BuildResult:
+    """Build from an open checkpoint, as `build`. With `readers`, weights as an artefact has them:
+    joined tensors taken apart, and complete.
+    """
     progress = progress or Silent()
     targets = targets_of(options)
     scheme = quantization(options.quantization)
     with_weights = not (options.build_model_only or options.dummy_weights)
-    checkpoint = Checkpoint.open(options.model, weights=with_weights)
     architecture, family = family_of(checkpoint.config)
     config = family.config.from_hf(checkpoint.config)
     limits = limits_of(options, config)
@@ -164,7 +180,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
     state["rank"] = artifact.TensorSpec("rank", (1,), "int32")
     for name, (shape, dtype) in (peer.tensors if peer else {}).items():
         state[name] = artifact.TensorSpec(name, shape, dtype)
-    weights = tuple(_weight_specs(program.weights.values()))
+    weights = tuple(weight_specs(program.weights.values()))
     _check_memory(options, weights, state.values(), workspace=0)
     with progress.step("Compile"):
         library = options.out / "model.so"
@@ -176,7 +192,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
     if options.target == "rocm":
         files[KERNELS] = artifact.file_entry(options.out / KERNELS)
     if with_weights:
-        files |= _write_weights(checkpoint, program, config, options, progress)
+        files |= _write_weights(checkpoint, program, config, options, progress, readers)
     files |= _copy_tokenizer(checkpoint, options.out)
 
     manifest = artifact.Manifest(
@@ -203,6 +219,8 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
         ),
         use_cuda_graph=options.use_cuda_graph,
         libraries=compiled.libraries,
+        disable_pass=options.disable_pass,
+        expert_parallel=options.expert_parallel,
         decode_buckets=tuple(limits.buckets),
         workspace_bytes=compiled.workspace_bytes,
         state=tuple(state.values()),
@@ -436,7 +454,8 @@ def _argument(param: relax.Var) -> artifact.TensorSpec:
     return artifact.TensorSpec(param.name, shape, str(param.ty.dtype))
 
 
-def _weight_specs(weights: Any) -> Iterator[artifact.WeightSpec]:
+def weight_specs(weights: Iterable[Weight]) -> Iterator[artifact.WeightSpec]:
+    """The manifest's entries of weights."""
     for weight in weights:
         placement = " + ".join(dict.fromkeys(str(s.placement) for s in weight.sources))
         for name, shape, dtype in weight.tensors():
@@ -469,6 +488,7 @@ def _write_weights(
     config: Any,
     options: BuildOptions,
     progress: Progress,
+    readers: Mapping[str, Reader] | None,
 ) -> dict[str, artifact.FileEntry]:
     def ignored(name: str) -> bool:
         tied = config.tie_word_embeddings and name == "lm_head.weight"
@@ -484,7 +504,16 @@ def _write_weights(
             shown = percent
 
         weights = list(program.weights.values())
-        return write_shards(checkpoint, weights, options.num_shards, options.out, report, ignored)
+        if readers is not None:
+            weights = [_as_stored(weight) for weight in weights]
+        return write_shards(
+            checkpoint, weights, options.num_shards, options.out, report, ignored, readers
+        )
+
+
+def _as_stored(weight: Weight) -> Weight:
+    sources = tuple(replace(s, plus=0.0, joined=None, first=0) for s in weight.sources)
+    return replace(weight, sources=sources)
 
 
 def _copy_tokenizer(checkpoint: Checkpoint, out: Path) -> dict[str, artifact.FileEntry]:

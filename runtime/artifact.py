@@ -152,6 +152,10 @@ class Manifest:
     files: dict[str, FileEntry]
     libraries: tuple[str, ...] = ()
     """Vendor libraries that the program calls besides the collectives: `CUBLAS`, or none."""
+    disable_pass: tuple[str, ...] = ()
+    """Fusions that the build left out."""
+    expert_parallel: bool = False
+    """Whether a rank has whole experts and not parts of each."""
     schema: int = SCHEMA
 
 

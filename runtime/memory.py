@@ -70,7 +70,7 @@ def reserved_bytes(kind: str, ranks: int) -> int:
 
 
 _KERNELS = 64 << 20
-_COLLECTIVES = 512 << 20
+_COLLECTIVES = 320 << 20
 
 
 def of_manifest(manifest: Manifest) -> RankMemory:

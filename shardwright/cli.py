@@ -1,4 +1,4 @@
-"""The `shardwright` command: build, plan, chat, inspect.
+"""The `shardwright` command: build, plan, reshard, chat, inspect.
 
 Only this module knows click. The library raises its own errors; they become one line on standard
 error and their exit code here.
@@ -180,11 +180,15 @@ def build(output: Path, arch: tuple[str, ...], gpu_memory: str | None, **options
         result = run_build(BuildOptions(out=output, archs=arch, **options), progress=progress)
     if options["explain"]:
         click.echo(result.explanation.rstrip("\n"))
-    manifest = load_manifest(result.path)
+    _print_built(result.path, began)
+
+
+def _print_built(path: Path, began: float) -> None:
+    manifest = load_manifest(path)
     weights = size(rank_memory(manifest)["weights"])
     total = size(of_manifest(manifest).total)
     click.echo(
-        f"{result.path}: {manifest.model.architecture}, {manifest.quantization}, "
+        f"{path}: {manifest.model.architecture}, {manifest.quantization}, "
         f"{manifest.mesh.size} x {manifest.target.kind}, {weights} of weights a rank, "
         f"{total} of memory, "
         f"built in {time.monotonic() - began:.1f} s"
@@ -333,6 +337,20 @@ def plan(
         found, length = planner.estimates(options, ranks, progress)
         notes = planner.advice(found, machine, batches, length, context)
     planning.show(found, machine, batches, length, context, notes, show)
+
+
+@cli.command()
+@click.argument("directory", type=_DIRECTORY)
+@click.option("--num-shards", required=True, type=_COUNT, help="Number of ranks.")
+@click.option("-o", "--output", required=True, type=_DIRECTORY, help="Directory to write.")
+def reshard(directory: Path, num_shards: int, output: Path) -> None:
+    """Make a built model for another number of ranks, without its checkpoint."""
+    began = time.monotonic()
+    with TerminalProgress() as progress, _interruptible():
+        from shardwright.compiler.reshard import reshard as run_reshard
+
+        result = run_reshard(directory, output, num_shards, progress)
+    _print_built(result.path, began)
 
 
 @cli.command()
