@@ -72,7 +72,8 @@ def reshard(
         disable_pass=manifest.disable_pass,
         expert_parallel=manifest.expert_parallel,
     )
-    with _Artefact(directory, manifest) as source:
+    source = _Artefact(directory, manifest)
+    with source:
         with_weights = manifest.has_weights and not manifest.dummy_weights
         return build_from(source, options, progress, source.readers() if with_weights else None)
 
