@@ -246,6 +246,14 @@ def all_kernels(arch: str) -> dict[str, tirx.PrimFunc]:
         out[tid] = shared[a[tid]]
 
     @T.inline
+    def bare_barrier(tid, blk, out, a):
+        # What TVM by itself makes of a barrier.
+        shared = T.alloc_buffer((n,), "int32", scope="shared")
+        shared[tid] = a[tid]
+        T.evaluate(T.call_llvm_intrin("void", "llvm.amdgcn.s.barrier"))
+        out[tid] = shared[n - 1 - tid]
+
+    @T.inline
     def two_buffers(tid, blk, out, a):
         # Storage rewrite gives the second the memory of the first.
         first = T.alloc_buffer((n,), "int32", scope="shared")
@@ -276,5 +284,6 @@ def all_kernels(arch: str) -> dict[str, tirx.PrimFunc]:
         "scatter": kernel(scatter, (n, i32), (n, i32)),
         "lds_gather": kernel(lds_gather, (n, i32), (n + 1, i32)),
         "two_buffers": kernel(two_buffers, (n, f32), (n, i32)),
+        "bare_barrier": kernel(bare_barrier, (n, i32), (n, i32)),
         "exchange": kernel(exchange, (n, i32), (n, i32)),
     }
