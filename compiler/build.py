@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +20,7 @@ from shardwright.compiler.checkpoint import Checkpoint
 from shardwright.compiler.columns import Quantized
 from shardwright.compiler.explain import explain
 from shardwright.compiler.fuse import FUSIONS
-from shardwright.compiler.lower import CUBLAS_PASS, MATMUL, Q4_GEMM_PASS, lower_abstract
+from shardwright.compiler.lower import CUBLAS_PASS, MATMUL, NOTE, Q4_GEMM_PASS, lower_abstract
 from shardwright.compiler.partition import Partitioned, partition
 from shardwright.compiler.peer import PEER_PASS, PeerState, peer_state
 from shardwright.compiler.placement import Placement, local_shape
@@ -125,6 +126,8 @@ class Compiled:
     workspace_bytes: int
     functions: dict[str, artifact.Function]
     libraries: tuple[str, ...]
+    notes: dict[str, dict[str, Any]]
+    """Of each kernel, what its reference must know; see `lower.NOTE`."""
 
 
 def build(options: BuildOptions, progress: Progress | None = None) -> BuildResult:
@@ -189,6 +192,8 @@ def build_from(
         )
     _check_memory(options, weights, state.values(), compiled.workspace_bytes)
     files = {"model.so": artifact.file_entry(library)}
+    (options.out / artifact.SELFTEST).write_text(_lines(compiled.notes, config))
+    files[artifact.SELFTEST] = artifact.file_entry(options.out / artifact.SELFTEST)
     if options.target == "rocm":
         files[KERNELS] = artifact.file_entry(options.out / KERNELS)
     if with_weights:
@@ -232,6 +237,16 @@ def build_from(
     )
     artifact.write_manifest(options.out, manifest)
     return BuildResult(options.out, _explanation(program) if options.explain else "")
+
+
+def _lines(notes: dict[str, dict[str, Any]], config: Any) -> str:
+    """`selftest.json`, a kernel a line; kernels of Relax operations know no epsilon."""
+    eps = getattr(config, "rms_norm_eps", None)
+    entries = [
+        f' "{name}": {json.dumps({"eps": eps, **note} if "rms_norm" in name else note)}'
+        for name, note in notes.items()
+    ]
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def targets_of(options: BuildOptions) -> tuple[tvm.target.Target, ...]:
@@ -388,7 +403,7 @@ def compile_program(
             dump = dump_ir / arch if dump_ir else None
             mod, *found = _lower(program, target, limits, peer, dump, frozenset(disable_pass))
         compiled.append((rocm.for_arch(mod, target, arch) if arch else mod, *found))
-    mods, workspaces, functions, libraries = zip(*compiled, strict=True)
+    mods, workspaces, functions, libraries, notes = zip(*compiled, strict=True)
     mod = tvm.IRModule({gv: func for mod in mods for gv, func in mod.functions_items()})
     if arch:
         rocm.build(mod, targets, library)
@@ -396,7 +411,7 @@ def compile_program(
         with targets[0]:
             executable = relax.build(mod, targets[0], relax_pipeline=None)
         executable.export_library(str(library))
-    return Compiled(max(workspaces), functions[0], libraries[0])
+    return Compiled(max(workspaces), functions[0], libraries[0], notes[0])
 
 
 def _lower(
@@ -406,8 +421,14 @@ def _lower(
     peer: PeerState | None,
     dump_ir: Path | None,
     disabled: frozenset[str],
-) -> tuple[tvm.IRModule, int, dict[str, artifact.Function], tuple[str, ...]]:
-    """VM code for `target`, the bytes of its workspace, its functions' signatures, libraries."""
+) -> tuple[
+    tvm.IRModule,
+    int,
+    dict[str, artifact.Function],
+    tuple[str, ...],
+    dict[str, dict[str, Any]],
+]:
+    """VM code for `target`, and what `Compiled` tells of it."""
     workspace = PlanWorkspace()
     mod = lower_abstract(program.mod, target, peer, disabled)
     libraries = (artifact.CUBLAS,) if _calls(mod, MATMUL) else ()
@@ -426,7 +447,12 @@ def _lower(
     }
     mod = tvm.transform.Sequential(pipeline.to_vm(workspace)[7:])(mod)
     pipeline.dump(mod, dump_ir, "5-vm")
-    return mod, workspace.bytes, functions, libraries
+    notes = {
+        gv.name_hint: json.loads(str(func.attrs.get(NOTE, "{}")))
+        for gv, func in sorted(mod.functions_items(), key=lambda item: item[0].name_hint)
+        if isinstance(func, tvm.tirx.PrimFunc)
+    }
+    return mod, workspace.bytes, functions, libraries, notes
 
 
 def plan_workspace(

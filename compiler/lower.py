@@ -6,7 +6,9 @@ once for each set of shapes; identical layers share it, the layer's number being
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import tvm
@@ -81,6 +83,20 @@ def target_name(target: tvm.target.Target) -> str:
     return {"llvm": "cpu", "rocm": f"rocm:{target.attrs.get('mcpu', '')}"}.get(kind, kind)
 
 
+NOTE = "shardwright.note"
+"""Attribute of a kernel: the sizes it was generated for, as JSON, for its reference."""
+
+
+def _note(shapes: dict[str, Any]) -> str:
+    plain = (int, float, str, tuple, type(None))
+    note: dict[str, Any] = {
+        name: value for name, value in shapes.items() if isinstance(value, plain)
+    }
+    if isinstance(shapes.get("packing"), Packing):
+        note["packing"] = asdict(shapes["packing"])
+    return json.dumps(note)
+
+
 class _Kernels:
     """Generates kernels on demand and emits calls of them."""
 
@@ -101,7 +117,7 @@ class _Kernels:
         """The kernel `generate(**shapes)`, generated once."""
         key = (generate, *sorted(shapes.items(), key=lambda kv: kv[0]))
         if key not in self.generated:
-            func = generate(**shapes)
+            func = generate(**shapes).with_attr(NOTE, _note(shapes))
             self.generated[key] = self.bb.add_func(func, f"{generate.__name__}_kernel")
         return self.generated[key]
 

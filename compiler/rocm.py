@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -206,7 +207,8 @@ def without_device_warnings() -> Iterator[None]:
 def for_arch(mod: tvm.IRModule, target: tvm.target.Target, arch: str) -> tvm.IRModule:
     """`mod`, VM code, with `target` bound to its kernels and every name ending in "_" and `arch`.
 
-    So the programs of several architectures fit into one library.
+    So the programs of several architectures fit into one library. Raises BuildError for a kernel
+    with too many threads.
     """
     names = {}
     for gv, _ in mod.functions_items():
@@ -218,9 +220,28 @@ def for_arch(mod: tvm.IRModule, target: tvm.target.Target, arch: str) -> tvm.IRM
         if isinstance(func, relax.Function):
             func = rename.visit_expr(func)
         else:
+            threads = block_threads(func)
+            if threads > MAX_THREADS:
+                raise BuildError(
+                    f"kernel {gv.name_hint} has blocks of {threads} threads, AMD GPUs run "
+                    f"{MAX_THREADS} here; please report it as a bug of Shardwright"
+                )
             func = func.with_attr("target", target)
         functions[names[gv]] = func.with_attr("global_symbol", names[gv].name_hint)
     return tvm.IRModule(functions)
+
+
+def block_threads(func: tirx.PrimFunc) -> int:
+    """Threads of a block of a scheduled kernel; the largest of its launches."""
+    extents: dict[str, int] = {}
+
+    def visit(loop: tirx.For) -> None:
+        tag = str(loop.thread_binding.thread_tag) if loop.thread_binding is not None else ""
+        if tag.startswith("threadIdx."):
+            extents[tag] = max(extents.get(tag, 1), int(loop.extent))
+
+    tvm_ffi.structural_walk(func.body, [(tirx.For, visit)], order="pre")
+    return math.prod(extents.values())
 
 
 @relax.expr_functor.mutator

@@ -25,6 +25,9 @@ SCHEMA = 1
 
 MANIFEST = "manifest.json"
 
+SELFTEST = "selftest.json"
+"""What a reference must know of each kernel of the library, see `references`."""
+
 KERNELS = "kernels.json"
 """Of a library for AMD GPUs: what the build counted in each kernel, see `code_object`."""
 

@@ -112,6 +112,10 @@ class Program:
                 self._function(name), *self._arguments(name, {})
             )
 
+    def watch(self, instrument: Callable[..., int]) -> None:
+        """Call `instrument` before and after every call of a program, see `selftest`."""
+        self._vm.set_instrument(instrument)
+
     def sample(self) -> None:
         """Choose the next token of every active row from its logits."""
         self._function("sample")(*self._sample_arguments)

@@ -59,6 +59,8 @@ class Worker:
         self._collectives: Collectives | None = None
         self._device: Device = CpuDevice()
         self._peers: PeerMemory | None = None
+        self._artifact: Path
+        self._checks: Any = None  # of a self-test
         self._manifest: Manifest
         self._program: Program
 
@@ -107,6 +109,7 @@ class Worker:
         """
         clock = Clock()
         manifest = self._manifest = load_manifest(artifact)
+        self._artifact = Path(artifact)
         world = manifest.mesh.size
         join: type[NcclCollectives] = NcclCollectives
         if manifest.target.kind == "cpu":
@@ -217,6 +220,31 @@ class Worker:
         self._device.wait()
         if self._results is not None:
             self._publish("logits", self._program.view("logits", rows).numpy())
+
+    def do_watch(self) -> None:
+        """From now on compare what kernels write with their references."""
+        from shardwright.runtime.selftest import Checks
+
+        self._checks = Checks(self._artifact, self._device.arch, self._device.wait)
+        self._program.watch(self._checks)
+
+    def do_findings(self) -> None:
+        """Check the collectives, and publish all ranks' findings since `do_watch`."""
+        from shardwright.runtime.selftest import check_collectives, write_findings
+
+        findings, world = self._checks.findings(), self._manifest.mesh.size
+        if self._collectives is not None:
+            findings += check_collectives(
+                self._collectives, self.rank, world, self._device.tvm, self._device.wait
+            )
+        path = self._directory / "rank-{}.findings"
+        write_findings(Path(str(path).format(self.rank)), findings)
+        if self._collectives is not None:
+            self._collectives.barrier()
+            self._device.wait()
+        if self._results is not None:
+            files = [Path(str(path).format(rank)) for rank in range(world)]
+            self._publish("findings", [json.loads(file.read_text()) for file in files])
 
     def do_close(self) -> None:
         """Release the collectives and the memory."""

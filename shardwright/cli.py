@@ -24,6 +24,7 @@ import click
 from shardwright import __version__, planning
 from shardwright.console import (
     TerminalProgress,
+    print_findings,
     print_kernels,
     print_manifest,
     rank_memory,
@@ -31,7 +32,7 @@ from shardwright.console import (
     size,
     verify_files,
 )
-from shardwright.errors import InputError, ShardwrightError, UsageError
+from shardwright.errors import DeviceError, InputError, ShardwrightError, UsageError
 from shardwright.runtime.artifact import load_manifest
 from shardwright.runtime.memory import of_manifest
 
@@ -366,6 +367,28 @@ def inspect(directory: Path, tensors: bool, verify: bool) -> None:
     if verify:
         verify_files(directory, manifest)
         click.echo(f"{len(manifest.files)} files verified")
+
+
+@cli.command()
+@click.argument("directory", type=_DIRECTORY)
+@click.option("--target", type=click.Choice(TARGETS), help="What it must have been built for.")
+def selftest(directory: Path, target: str | None) -> None:
+    """Check every kernel and the collectives of a built model on this machine.
+
+    Each kernel's results are compared with a reference in float64. Paste the table into a report.
+    """
+    manifest = load_manifest(directory)
+    if target not in (None, manifest.target.kind):
+        raise UsageError(f"{directory} was built for {manifest.target.kind}, not {target}")
+    from shardwright.runtime.selftest import run as run_selftest
+    from shardwright.runtime.session import Session
+
+    with Session(directory, timeout=3600) as session:
+        findings = run_selftest(session)
+    print_findings(manifest, findings)
+    wrong = [f.name for f in findings if not f.passed and not f.note]
+    if wrong:
+        raise DeviceError(f"{len(wrong)} of {len(findings)} checks failed: {', '.join(wrong[:5])}")
 
 
 def _print_error(error: BaseException) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -25,7 +27,7 @@ from shardwright.runtime.artifact import KERNELS, Manifest, verify_file
 from shardwright.runtime.code_object import code_objects, occupancy, read_kernels
 from shardwright.runtime.memory import CACHE, tensor_bytes
 
-_TEXT = ("name", "use", "sha256", "local shape", "dtype", "placement")
+_TEXT = ("name", "use", "sha256", "local shape", "dtype", "placement", "result")
 """Columns that are no numbers."""
 
 _KERNEL_COLUMNS = (
@@ -135,6 +137,23 @@ def show(part: Table | str) -> None:
         console.print(part)
     # rich fills every line up to the table's width.
     print("\n".join(line.rstrip() for line in shown.get().rstrip().splitlines()))
+
+
+def print_findings(manifest: Manifest, findings: Sequence[Any]) -> None:
+    """Print what `selftest` found: an error is the largest, of the largest value there."""
+    archs = " ".join([manifest.target.kind, *manifest.target.archs])
+    title = f"{manifest.name}: {archs}, {manifest.mesh.size} ranks, Shardwright {manifest.version}"
+    part = table(title, "name", "error", "tolerance", "result")
+    for f in findings:
+        result = f.note or ("ok" if f.passed else "WRONG")
+        figures = ("", "") if f.note else (f"{f.error:.1e}", f"{f.tolerance:.0e}")
+        part.add_row(f.name, *figures, result)
+    show(part)
+    passed, unchecked = sum(f.passed for f in findings), sum(bool(f.note) for f in findings)
+    print(
+        f"\n{passed} right, {len(findings) - passed - unchecked} wrong, {unchecked} not checked; "
+        f"{platform.platform()}, Python {platform.python_version()}"
+    )
 
 
 def print_kernels(directory: Path) -> None:

@@ -255,3 +255,12 @@ def test_occupancy() -> None:
     assert occupancy("gfx90a", wide) == 4
     # Two blocks of four waves on four units.
     assert occupancy("gfx90a", replace(wide, shared_bytes=32768)) == 2
+
+
+def test_a_kernel_with_too_many_threads_is_refused() -> None:
+    func = norm.add_rms_norm(tokens=None, features=8192, eps=1e-5, dtype="float16", target="cuda")
+    assert rocm.block_threads(func) == 1024
+    assert rocm.block_threads(add_norm("gfx1100")) == 64
+    mod = tvm.IRModule({"main": func})
+    with pytest.raises(BuildError, match="main has blocks of 1024 threads"):
+        rocm.for_arch(mod, rocm.rocm_target("gfx1100"), "gfx1100")
