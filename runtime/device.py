@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwright.errors import DeviceError
+from shardwright.runtime import machine
 from shardwright.runtime.artifact import Manifest
 from shardwright.runtime.cudart import call, check, cudart
 
@@ -158,23 +159,28 @@ def compute_capability(index: int) -> tuple[int, int]:
 def check_devices(manifest: Manifest) -> None:
     """Check that the machine has a GPU with compiled code for every rank.
 
-    Raises DeviceError otherwise. A model for the CPU always passes.
+    Raises DeviceError otherwise, and warns of what makes several GPUs hang. A model for the CPU
+    always passes.
     """
     if manifest.target.kind == "cpu":
         return
-    if manifest.target.kind == "rocm":
-        _check_amd(manifest)
-        return
+    archs = _check_amd(manifest) if manifest.target.kind == "rocm" else _check_nvidia(manifest)
+    machine.warn(manifest.target.kind, archs)
+
+
+def _check_nvidia(manifest: Manifest) -> list[str]:
     _check_count(manifest, device_count(), "CUDA_VISIBLE_DEVICES")
-    world = manifest.mesh.size
-    for index in range(world):
+    names = []
+    for index in range(manifest.mesh.size):
         capability = compute_capability(index)
+        name = "sm_{}{}".format(*capability)
+        names.append(name)
         if not runs_on(manifest.target.archs, capability):
-            name = "sm_{}{}".format(*capability)
             raise DeviceError(
                 f"{manifest.name} holds code for {', '.join(manifest.target.archs)}, and GPU "
                 f"{index} is {name}; build it again with --arch {name}"
             )
+    return names
 
 
 def _check_count(manifest: Manifest, found: int, variable: str) -> None:
@@ -185,17 +191,18 @@ def _check_count(manifest: Manifest, found: int, variable: str) -> None:
         )
 
 
-def _check_amd(manifest: Manifest) -> None:
+def _check_amd(manifest: Manifest) -> list[str]:
     from shardwright.runtime import hip
 
     _check_count(manifest, hip.device_count(), "HIP_VISIBLE_DEVICES")
-    for index in range(manifest.mesh.size):
-        arch = hip.architecture(index)
+    archs = [hip.architecture(index) for index in range(manifest.mesh.size)]
+    for index, arch in enumerate(archs):
         if arch not in manifest.target.archs:
             raise DeviceError(
                 f"{manifest.name} holds code for {', '.join(manifest.target.archs)}, and GPU "
                 f"{index} is {arch}; build it again with --arch {arch}"
             )
+    return archs
 
 
 def runs_on(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:

@@ -35,11 +35,15 @@ COPY_BYTES = 4 << 30
 WINDOW = 32  # steps: the host may see tokens in bursts, so a step's time is a slope
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second of a device-to-device copy, read and written: the best of ten."""
-    from shardwright.runtime.cudart import call, cudart
+def copy_bandwidth(kind: str) -> float:
+    """Bytes per second of a device-to-device copy, read and written: the best of ten.
 
-    cuda = cudart()
+    `kind` is "cuda" or "rocm", whose library has the same functions.
+    """
+    from shardwright.runtime.cudart import call, cudart
+    from shardwright.runtime.hip import hip
+
+    cuda: Any = hip() if kind == "rocm" else cudart()
     buffers = [ctypes.c_void_p(), ctypes.c_void_p()]
     events = [ctypes.c_void_p(), ctypes.c_void_p()]
     for buffer in buffers:
@@ -264,13 +268,15 @@ def main(
 ) -> None:  # fmt: skip
     """Print ms/token, floor and share of the copy bandwidth for each artefact and batch."""
     if copy:
-        print(json.dumps(copy_bandwidth()))
+        print(json.dumps(copy_bandwidth(artefacts[0])))
         return
     if one:
         found = measure(artefacts[0], context, tokens, batches, prompts, stress, collectives)
         print(json.dumps(found))
         return
-    copied = _isolated("--copy")
+    if not artefacts:
+        raise click.UsageError("name an artefact")
+    copied = _isolated("--copy", load_manifest(artefacts[0]).target.kind)
     if isinstance(copied, dict):
         raise click.ClickException(copied["error"])
     options = [f"--context={context}", f"--tokens={tokens}", f"--collectives={collectives}"]
