@@ -552,4 +552,7 @@ def _copy_tokenizer(checkpoint: Checkpoint, out: Path) -> dict[str, artifact.Fil
 
 def _explanation(program: Program) -> str:
     state = {name: (s.shape, program.placements[name]) for name, s in program.traced.state.items()}
-    return explain(program.mesh, program.weights.values(), state, program.partitioned)
+    shapes = {p.name: shape_of(p) for p in program.traced.mod["prefill"].params}
+    # As the model has them: experts are matrices in the weights.
+    model = {name: (shapes[name], program.placements[name]) for name in program.traced.param_axes}
+    return explain(program.mesh, program.weights.values(), state, program.partitioned, model)

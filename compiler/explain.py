@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from shardwright.compiler.axes import DeviceMesh
 from shardwright.compiler.partition import Collective, Partitioned
@@ -18,22 +18,23 @@ def explain(
     weights: Iterable[Weight],
     state: dict[str, tuple[tuple[int, ...], Placement]],
     partitioned: Partitioned,
+    model: Mapping[str, tuple[tuple[int, ...], Placement]] | None = None,
 ) -> str:
-    """Placements of weights, state and values, and collectives with their bytes for each call."""
+    """Placements of weights, state and values, and collectives with their bytes for each call.
+
+    `model` has shapes and placements of parameters where they differ from those of the weights.
+    """
     axes = ", ".join(f"{a}={n}" for a, n in zip(mesh.axes, mesh.shape, strict=True))
     lines = [
         f"DeviceMesh({axes})",
         "",
         "Weights (global -> local shape, placement)",
     ]
-    lines += _merged(
-        f"  {s.name}  {_dims(s.shape)} -> {_dims(local_shape(s.shape, s.placement))}  {s.placement}"
-        for w in weights
-        for s in w.sources
-    )
+    shown = {s.name: (s.shape, s.placement) for w in weights for s in w.sources} | dict(model or {})
+    lines += _merged(_placed(name, *where) for name, where in shown.items())
     lines += ["", "State that is sharded"]
     lines += [
-        f"  {name}  {_dims(shape)} -> {_dims(local_shape(shape, placement))}  {placement}"
+        _placed(name, shape, placement)
         for name, (shape, placement) in state.items()
         if isinstance(placement, Shard)
     ]
@@ -41,6 +42,10 @@ def explain(
         lines += ["", f"Values of {name} (local shape, placement)", *_values(partitioned, name)]
         lines += ["", f"Collectives of {name}", *_collectives(partitioned.collectives[name], name)]
     return "\n".join(lines) + "\n"
+
+
+def _placed(name: str, shape: tuple[int, ...], placement: Placement) -> str:
+    return f"  {name}  {_dims(shape)} -> {_dims(local_shape(shape, placement))}  {placement}"
 
 
 def _values(partitioned: Partitioned, function: str) -> list[str]:
