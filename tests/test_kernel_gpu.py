@@ -209,3 +209,10 @@ def test_other_kernels(joined):
         ),
     ):
         assert "__global__" in source(func)
+
+
+@pytest.mark.parametrize("turning", [128, 96])
+def test_rotation_of_a_part_of_each_head(turning):
+    shapes = dict(heads=6, kv_heads=2, head_dim=128, rotary=turning, target="cuda")
+    assert "uint4" in source(rotary.rotary_append(tokens=None, **shapes, **CACHE))
+    assert "uint4" in source(rotary.rotary_append(tokens=2, joined=True, **shapes, **CACHE))

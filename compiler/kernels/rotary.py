@@ -192,12 +192,19 @@ def rotary_append(
         """Element j of a head: `part` counts all heads, of which q, k or v begins at `first`."""
         return source[t, part * head_dim + j] if joined else source[t, part - first, j]
 
-    def low(j: Any) -> Any:
-        """The first element of pair j; pairs that are not turned follow those that are."""
-        return j if turning == half else T.if_then_else(j < turning, j, j + turning)
+    # In units of `lanes`, so that TVM sees that reads are aligned.
+    turning_units, half_units = turning // lanes, half // lanes
 
-    def high(j: Any) -> Any:
-        return j + half if turning == half else j + T.if_then_else(j < turning, turning, half)
+    def low(unit: Any) -> Any:
+        """The first elements of a unit of pairs; pairs that are not turned follow the others."""
+        if turning == half:
+            return unit
+        return T.if_then_else(unit < turning_units, unit, unit + turning_units)
+
+    def high(unit: Any) -> Any:
+        if turning == half:
+            return unit + half_units
+        return unit + T.if_then_else(unit < turning_units, turning_units, half_units)
 
     def angle(table: Any, t: Any, which: int, j: Any) -> Any:
         """Cosine (0) or sine (1) of pair j."""
@@ -216,11 +223,11 @@ def rotary_append(
         return T.thread_binding(threads, thread="threadIdx.x") if gpu else T.serial(threads)
 
     @T.inline
-    def load(source, t, part, first, j, a, b):
+    def load(source, t, part, first, one, other, a, b):
         for e in T.vectorized(lanes):
-            a[e] = read(source, t, part, first, low(j) + e)
+            a[e] = read(source, t, part, first, one * lanes + e)
         for e in T.vectorized(lanes):
-            b[e] = read(source, t, part, first, high(j) + e)
+            b[e] = read(source, t, part, first, other * lanes + e)
 
     @T.inline
     def turn(table, t, j, a, b):
@@ -234,11 +241,11 @@ def rotary_append(
             b[e] = T.cast(y * c + x * s, dtype)
 
     @T.inline
-    def append(cache, layer, page, h, slot, j, a, b):
+    def append(cache, layer, page, h, slot, one, other, a, b):
         for e in T.vectorized(lanes):
-            cache[layer, page, h, slot, low(j) + e] = a[e]
+            cache[layer, page, h, slot, one * lanes + e] = a[e]
         for e in T.vectorized(lanes):
-            cache[layer, page, h, slot, high(j) + e] = b[e]
+            cache[layer, page, h, slot, other * lanes + e] = b[e]
 
     @T.inline
     def body(q, k, v, table, k_pages, v_pages, page_table, rows, positions, layer, q_rot):
@@ -253,26 +260,30 @@ def rotary_append(
                         b = T.alloc_buffer((lanes,), dtype, scope="local")
                         part: T.let[T.int32] = group * together + member
                         j: T.let[T.int32] = unit * lanes
+                        # Not lets, which would be put in: CUDA cannot choose between vectors.
+                        one: T.int32 = low(unit)
+                        other: T.int32 = high(unit)
                         if part < heads:
-                            load(q, t, part, 0, j, a, b)
+                            load(q, t, part, 0, one, other, a, b)
                             turn(table, t, j, a, b)
                             for e in T.vectorized(lanes):
-                                q_rot[t, part, low(j) + e] = a[e]
+                                q_rot[t, part, one * lanes + e] = a[e]
                             for e in T.vectorized(lanes):
-                                q_rot[t, part, high(j) + e] = b[e]
+                                q_rot[t, part, other * lanes + e] = b[e]
                         else:
                             position: T.let[T.int32] = positions[t]
                             if position >= 0 and part < parts:
                                 page: T.let[T.int32] = page_table[rows[t], position // page_size]
                                 slot: T.let[T.int32] = position % page_size
                                 if part < heads + kv_heads:
-                                    load(k, t, part, heads, j, a, b)
+                                    load(k, t, part, heads, one, other, a, b)
                                     turn(table, t, j, a, b)
-                                    append(k_pages, layer, page, part - heads, slot, j, a, b)
+                                    h: T.let[T.int32] = part - heads
+                                    append(k_pages, layer, page, h, slot, one, other, a, b)
                                 else:
-                                    h: T.let[T.int32] = part - heads - kv_heads
-                                    load(v, t, part, heads + kv_heads, j, a, b)
-                                    append(v_pages, layer, page, h, slot, j, a, b)
+                                    g: T.let[T.int32] = part - heads - kv_heads
+                                    load(v, t, part, heads + kv_heads, one, other, a, b)
+                                    append(v_pages, layer, page, g, slot, one, other, a, b)
 
     if joined:
 
