@@ -195,10 +195,10 @@ def build(directory: Path, archs: tuple[str, ...], tune: bool, only: str) -> Non
                 target="cuda", window=case.get("window", 0), softcap=case.get("softcap", 0.0),
             )  # fmt: skip
             n, form = case["batch"], case["form"]
+            arch = min(int(a.removeprefix("sm_").rstrip("af")) for a in archs)
             if kind == "prefill" and form == "plain":
                 funcs[name] = attention.attention_prefill(tokens=None, **sizes)
             elif kind == "prefill":
-                arch = min(int(a.removeprefix("sm_").rstrip("af")) for a in archs)
                 funcs[name] = attention_cuda.prefill_attention(tokens=None, arch=arch, **sizes)
             elif form != "plain":
                 append = "" if form == "alone" else form

@@ -36,9 +36,11 @@ def supported(*, head_dim: int, page_size: int, dtype: str, target: Any) -> bool
 def prefill_supported(*, arch: int, **sizes: Any) -> bool:
     """Whether the prefill kernel takes these sizes on `arch`, such as 89 for sm_89, and later.
 
-    Heads of more than 128 need more shared memory than GPUs before sm_90 have.
+    A tile of keys is whole pages. Heads of more than 128 need more shared memory than GPUs before
+    sm_90 have.
     """
-    return supported(**sizes) and (sizes["head_dim"] <= 128 or arch >= 90)
+    whole = 64 % sizes["page_size"] == 0
+    return supported(**sizes) and whole and (sizes["head_dim"] <= 128 or arch >= 90)
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,16 @@ def decode_plan(*, tokens: int, kv_heads: int, group: int, head_dim: int) -> Dec
     parts = -(-group // (16 if head_dim <= 128 else 8))
     columns = -(-group // parts // 8) * 8
     items = tokens * kv_heads * parts
-    # Blocks of 8 warps, one to a multiprocessor, if their sums fit into 48 KiB of shared memory.
-    large = 8 * columns * (head_dim + 2) * 4 <= 46 * 1024 and items <= MULTIPROCESSORS // 2
-    warps = 8 if large else 4
-    blocks = MULTIPROCESSORS * (1 if large else 2)
-    splits = max(1, min(64, blocks // items))
-    if items > MAX_COUNTERS:
-        splits = 1
-    return DecodePlan(parts, warps, 2, splits, blocks)
+    if items > 2 * MULTIPROCESSORS:
+        # Small blocks, several to a multiprocessor. Blocks that find nothing to do cost little.
+        return DecodePlan(parts, 2, 2, 8 if items <= MAX_COUNTERS else 1, 4 * MULTIPROCESSORS)
+    if items > MULTIPROCESSORS:
+        return DecodePlan(parts, 4, 4, 2, 2 * MULTIPROCESSORS)
+    # One block to a multiprocessor, as many warps as have room for their sums in shared memory; two
+    # if that leaves registers for it.
+    warps = next(w for w in (16, 12, 8, 4) if w * columns * (head_dim + 2) * 4 <= 40 * 1024)
+    blocks = MULTIPROCESSORS * (2 if warps == 4 else 1)
+    return DecodePlan(parts, warps, 2, max(1, min(64, blocks // items)), blocks)
 
 
 def _source(name: str) -> str:

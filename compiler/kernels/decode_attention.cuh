@@ -49,6 +49,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// Within 2e-7 of tanh.
+__device__ __forceinline__ float tanh_fast(float x) {
+  return 1.f - __fdividef(2.f, exp2_fast(x * (2.f * kLog2e)) + 1.f);
+}
+
 // An 8 x 8 matrix of halves, a row of which 4 lanes hold, transposed.
 __device__ __forceinline__ unsigned transposed_8x8(float low, float high) {
   const half2 both = __floats2half2_rn(low, high);
@@ -96,6 +101,38 @@ __device__ __forceinline__ void for_pieces(F f) {
     f(Int<1>(), kWhole * 4 + (kRest & (LANES * 4) ? 2 : 0), D - LANES * 2);
 }
 
+// A sum of values weighted by exp2 of scores less `top`, and the weights' total.
+struct Piece {
+  float2 value = {0.f, 0.f};
+  float top = kLowest, total = 0.f;
+
+  // Add up to N pieces: `get(i, value, stats)` for i < count, stats being a top and a total.
+  template <int N, typename F>
+  __device__ __forceinline__ void add(int count, F get) {
+    float2 values[N], stats[N];
+    float above = top;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      values[i] = make_float2(0.f, 0.f);
+      stats[i] = make_float2(kLowest, 0.f);
+      if (i < count) get(i, values[i], stats[i]);
+      above = fmaxf(above, stats[i].x);
+    }
+    const float old = exp2_fast(top - above);
+    value.x *= old;
+    value.y *= old;
+    total *= old;
+    top = above;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float share = exp2_fast(stats[i].x - above);
+      value.x += share * values[i].x;
+      value.y += share * values[i].y;
+      total += share * stats[i].y;
+    }
+  }
+};
+
 // Pair j of a head's D / 2 pairs. The first R / 2 are the elements j and j + R / 2, turned by the
 // angle j of `table` [2, R / 2]; the others are neighbours, and stay as they are.
 template <int D, int R>
@@ -130,13 +167,6 @@ struct DecodeSizes {
   static constexpr int GROUP = H / K, Q = (GROUP + P - 1) / P, NT = (Q + 7) / 8;
   static constexpr int LINE = D + 2;  // of a staged sum, so that stores meet no bank twice
   static constexpr int THREADS = W * 32;
-  // The splits are joined 4 elements a thread, by as many teams of threads as there are.
-  static constexpr int COLUMNS = Q * D / 4, TEAMS = COLUMNS >= THREADS ? 1 : THREADS / COLUMNS;
-  static constexpr int SHARES = (S * Q + 3) / 4 * 4;
-  // Words of shared memory: sums of warps; later shares of splits, and sums of teams.
-  static constexpr int STAGED_WARPS = W * NT * 8 * LINE,
-                       STAGED_SPLITS = S > 1 ? SHARES + TEAMS * COLUMNS * 4 : 0;
-  static constexpr int STAGED = STAGED_WARPS > STAGED_SPLITS ? STAGED_WARPS : STAGED_SPLITS;
 };
 
 struct DecodeArgs {
@@ -157,8 +187,8 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int t, int
   constexpr int D = Z::D, NT = Z::NT, W = Z::W, FEW = Z::FEW, Q = Z::Q, PAGE = Z::PAGE;
   constexpr int WORDS_K = D / 8, WORDS_V = D / 16;
   constexpr int LINE = D + 8;  // of heads in shared memory, so that reads meet no bank twice
-  __shared__ __align__(16) float staged[Z::STAGED];
-  __shared__ float joint[W][NT * 8][2];
+  __shared__ __align__(16) float staged[W * NT * 8 * Z::LINE];
+  __shared__ float2 joint[W][NT * 8];
   const int kv_head = kp / Z::P, part = kp % Z::P;
   const int warp = __shfl_sync(~0u, tid / 32, 0), lane = tid % 32, g = lane / 4, c = lane % 4;
   const int queries = min(Q, Z::GROUP - part * Q);  // of this block
@@ -272,7 +302,8 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int t, int
     for_pieces<D, 4>([&](auto words, int word, int d) {
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        if (g + 8 * i == slot) copy_words<words.value>(&keys[i][word], key + d + c * 2 * words.value);
+        if (g + 8 * i == slot)
+          copy_words<words.value>(&keys[i][word], key + d + c * 2 * words.value);
     });
     for_pieces<D, 8>([&](auto words, int word, int d) {
 #pragma unroll
@@ -292,14 +323,15 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int t, int
 
   for (int it = 0; it < count; ++it) {
     const int chunk = it == 0 ? last : first + (it - 1) * stride;
-    float score[NT][4] = {};
+    float score[NT][4] = {}, more[NT][4] = {};  // two sums, which do not wait for each other
     for_pieces<D, 4>([&](auto words, int word, int) {
 #pragma unroll
       for (int w = 0; w < words.value; w += 2)
 #pragma unroll
         for (int n = 0; n < NT; ++n)
-          mma_16n8k16(score[n], keys[0][word + w], keys[1][word + w], keys[0][word + w + 1],
-                      keys[1][word + w + 1], query[n][word + w], query[n][word + w + 1]);
+          mma_16n8k16(w == 0 ? score[n] : more[n], keys[0][word + w], keys[1][word + w],
+                      keys[0][word + w + 1], keys[1][word + w + 1], query[n][word + w],
+                      query[n][word + w + 1]);
     });
     int64_t next = 0;
     if (it + 1 < count) {
@@ -310,9 +342,10 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int t, int
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        score[n][e] = Z::CAPPED ? tanhf(score[n][e] * a.scale / a.softcap) * a.softcap * kLog2e
-                          : score[n][e] * (a.scale * kLog2e);
+      for (int e = 0; e < 4; ++e) {
+        const float x = (score[n][e] + more[n][e]) * a.scale;
+        score[n][e] = (Z::CAPPED ? tanh_fast(x * (1.f / a.softcap)) * a.softcap : x) * kLog2e;
+      }
     const int position = (chunk0 + chunk) * kChunk;
     if (position + kChunk > length || position < begin) {
 #pragma unroll
@@ -360,12 +393,13 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int t, int
       const unsigned a2 = __byte_perm(values[2][w], values[3][w], 0x5410);
       const unsigned a3 = __byte_perm(values[2][w], values[3][w], 0x7632);
 #pragma unroll
-      for (int n = 0; n < NT; ++n) mma_16n8k16(sum[n][w], a0, a1, a2, a3, weight[n][0], weight[n][1]);
+      for (int n = 0; n < NT; ++n)
+        mma_16n8k16(sum[n][w], a0, a1, a2, a3, weight[n][0], weight[n][1]);
     }
     if (it + 1 < count) load_values(next);
   }
 
-  // Join the warps. Even query heads are staged in one half of shared memory, odd ones in the other.
+  // Join the warps. Even query heads are staged in one half of shared memory, odd in the other.
   constexpr int HALF = W * NT * 4 * Z::LINE;
   auto place = [&](int w, int head) {
     return head % 2 * HALF + (w * NT * 4 + head / 2) * Z::LINE;
@@ -379,8 +413,7 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int t, int
         mass[n][h] += __shfl_xor_sync(~0u, mass[n][h], mask);
       const int head = n * 8 + 2 * c + h;
       if (g == 0) {
-        joint[warp][head][0] = high[n][h];
-        joint[warp][head][1] = mass[n][h];
+        joint[warp][head] = make_float2(high[n][h], mass[n][h]);
       }
       if (count > 0)
         for_pieces<D, 8>([&](auto words, int word, int d) {
@@ -397,27 +430,28 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int t, int
   const int left = chunks - split * FEW, per_round = FEW * splits;
   int busy = 0;
   for (int r = 0; r < W / FEW; ++r) busy += max(0, min(FEW, left - r * per_round));
-  const int64_t group = (int64_t)t * Z::K * Z::P + kp;
-  float* const sums = a.sums + (group * Z::S + split) * (Q * D);
-  float* const stats = a.stats + (group * Z::S + split) * (Q * 2);
-  for (int i = tid; i < queries * (D / 2); i += Z::THREADS) {
+  // Pairs of elements are counted over all query heads.
+  constexpr int PAIRS = Q * D / 2;
+  const int pairs = queries * (D / 2);
+  const int64_t item = (int64_t)t * Z::K * Z::P + kp;
+  float2* const sums = reinterpret_cast<float2*>(a.sums) + item * Z::S * PAIRS;
+  float2* const stats = reinterpret_cast<float2*>(a.stats) + item * Z::S * Q;
+  auto write = [&](int i, const Piece& piece) {
+    *reinterpret_cast<half2*>(out + 2 * i) =
+        __floats2half2_rn(piece.value.x / piece.total, piece.value.y / piece.total);
+  };
+  for (int i = tid; i < pairs; i += Z::THREADS) {
     const int head = i / (D / 2), d = i % (D / 2) * 2;
-    float top = kLowest, total = 0.f;
-    float2 value = {0.f, 0.f};
-    for (int w = 0; w < busy; ++w) top = fmaxf(top, joint[w][head][0]);
-    for (int w = 0; w < busy; ++w) {
-      const float share = exp2_fast(joint[w][head][0] - top);
-      const float2 x = *reinterpret_cast<float2*>(&staged[place(w, head) + d]);
-      total += share * joint[w][head][1];
-      value.x += share * x.x;
-      value.y += share * x.y;
-    }
+    Piece piece;
+    piece.add<W>(busy, [&](int w, float2& value, float2& of) {
+      value = *reinterpret_cast<const float2*>(&staged[place(w, head) + d]);
+      of = joint[w][head];
+    });
     if (splits == 1) {
-      *reinterpret_cast<half2*>(out + head * D + d) =
-          __floats2half2_rn(value.x / total, value.y / total);
+      write(i, piece);
     } else {
-      *reinterpret_cast<float2*>(sums + head * D + d) = value;
-      if (d == 0) *reinterpret_cast<float2*>(stats + head * 2) = make_float2(top, total);
+      sums[split * PAIRS + i] = piece.value;
+      if (d == 0) stats[split * Q + head] = make_float2(piece.top, piece.total);
     }
   }
   if (splits == 1) return;
@@ -425,79 +459,22 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int t, int
   __shared__ bool is_last;
   __syncthreads();
   if (tid == 0) {
-    __threadfence();
-    is_last = atomicInc(&decode_finished[group], splits - 1) == splits - 1;
-    __threadfence();
+    unsigned before;
+    // Ordered behind this block's sums, and before the reading of all.
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(before) : "l"(decode_finished + item), "r"(splits - 1) : "memory");
+    is_last = before == splits - 1;
   }
   __syncthreads();
   if (!is_last) return;
-
-  // Join the splits: each team of threads takes every TEAMS-th split, 4 elements a thread.
-  constexpr int COLUMNS = Z::COLUMNS, TEAMS = Z::TEAMS;
-  float(*share)[Q] = reinterpret_cast<float(*)[Q]>(staged);  // [S][Q]
-  float4* const parts = reinterpret_cast<float4*>(staged + Z::SHARES);
-  const float* const all_sums = a.sums + group * Z::S * (Q * D);
-  const float* const all_stats = a.stats + group * Z::S * (Q * 2);
-  for (int head = warp; head < queries; head += W) {
-    constexpr int PER = (Z::S + 31) / 32;
-    float2 x[PER];
-    float top = kLowest, total = 0.f;
-#pragma unroll
-    for (int i = 0; i < PER; ++i) {
-      const int s = lane + i * 32;
-      x[i] = s < splits ? __ldcg(reinterpret_cast<const float2*>(all_stats + (s * Q + head) * 2))
-                        : make_float2(kLowest, 0.f);
-      top = fmaxf(top, x[i].x);
-    }
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
-#pragma unroll
-    for (int i = 0; i < PER; ++i) total += exp2_fast(x[i].x - top) * x[i].y;
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) total += __shfl_xor_sync(~0u, total, mask);
-#pragma unroll
-    for (int i = 0; i < PER; ++i)
-      if (lane + i * 32 < Z::S) share[lane + i * 32][head] = exp2_fast(x[i].x - top) / total;
-  }
-  constexpr int FLIGHT = 8;
-  const int team = TEAMS == 1 ? 0 : tid / COLUMNS;
-  __syncthreads();  // the shares are there
-  if (team < TEAMS) {
-    for (int column = TEAMS == 1 ? tid : tid % COLUMNS; column < COLUMNS; column += Z::THREADS) {
-      float4 value = {0.f, 0.f, 0.f, 0.f};
-      for (int s0 = team; s0 < splits; s0 += TEAMS * FLIGHT) {
-        float4 x[FLIGHT];
-#pragma unroll
-        for (int i = 0; i < FLIGHT; ++i)
-          x[i] = s0 + i * TEAMS < splits
-                     ? __ldcg(reinterpret_cast<const float4*>(all_sums + (s0 + i * TEAMS) * (Q * D)) +
-                              column)
-                     : make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-        for (int i = 0; i < FLIGHT; ++i) {
-          const float w = share[min(s0 + i * TEAMS, Z::S - 1)][column / (D / 4)];
-          value.x += w * x[i].x;
-          value.y += w * x[i].y;
-          value.z += w * x[i].z;
-          value.w += w * x[i].w;
-        }
-      }
-      parts[team * COLUMNS + column] = value;
-    }
-  }
-  __syncthreads();
-  for (int column = tid; column < queries * D / 4; column += Z::THREADS) {
-    float4 value = parts[column];
-#pragma unroll
-    for (int r = 1; r < TEAMS; ++r) {
-      const float4 more = parts[r * COLUMNS + column];
-      value.x += more.x;
-      value.y += more.y;
-      value.z += more.z;
-      value.w += more.w;
-    }
-    *reinterpret_cast<half2*>(out + column * 4) = __floats2half2_rn(value.x, value.y);
-    *reinterpret_cast<half2*>(out + column * 4 + 2) = __floats2half2_rn(value.z, value.w);
+  for (int i = tid; i < pairs; i += Z::THREADS) {
+    Piece piece;
+    for (int first = 0; first < splits; first += 8)
+      piece.add<8>(splits - first, [&](int j, float2& value, float2& of) {
+        value = __ldcg(sums + (first + j) * PAIRS + i);
+        of = __ldcg(stats + (first + j) * Q + i / (D / 2));
+      });
+    write(i, piece);
   }
 }
 

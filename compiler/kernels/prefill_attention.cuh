@@ -36,6 +36,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// Within 2e-7 of tanh.
+__device__ __forceinline__ float tanh_fast(float x) {
+  return 1.f - __fdividef(2.f, exp2_fast(x * (2.f * kLog2e)) + 1.f);
+}
+
 // Returns when the kernels before are done, where this one was launched ahead of their end.
 __device__ __forceinline__ void wait_for_predecessors() {
 #if __CUDA_ARCH__ >= 900
@@ -84,7 +89,8 @@ template <int PENDING>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
 }
-// Keeps the compiler from moving reads of registers that a wgmma writes above the wait for it.
+// Keeps the compiler from moving what is done with registers across a wait: reads of what a wgmma
+// writes upward, and work that is to run beside a wgmma downward.
 template <int N>
 __device__ __forceinline__ void pin(float* x) {
 #pragma unroll
@@ -119,7 +125,8 @@ __device__ __forceinline__ void wgmma_ss(Int<128>, float* d, uint64_t a, uint64_
       : SHARDWRIGHT_F16(0), SHARDWRIGHT_F16(16), SHARDWRIGHT_F16(32), SHARDWRIGHT_F16(48)
       : "l"(a), "l"(b), "r"(add));
 }
-__device__ __forceinline__ void wgmma_rs(Int<16>, float* d, const unsigned* a, uint64_t b, int add) {
+__device__ __forceinline__ void wgmma_rs(Int<16>, float* d, const unsigned* a, uint64_t b,
+                                         int add) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %13, 0;"
       "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
@@ -128,7 +135,8 @@ __device__ __forceinline__ void wgmma_rs(Int<16>, float* d, const unsigned* a, u
       : SHARDWRIGHT_F8(0)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
-__device__ __forceinline__ void wgmma_rs(Int<32>, float* d, const unsigned* a, uint64_t b, int add) {
+__device__ __forceinline__ void wgmma_rs(Int<32>, float* d, const unsigned* a, uint64_t b,
+                                         int add) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %21, 0;"
       "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
@@ -137,7 +145,8 @@ __device__ __forceinline__ void wgmma_rs(Int<32>, float* d, const unsigned* a, u
       : SHARDWRIGHT_F16(0)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
-__device__ __forceinline__ void wgmma_rs(Int<64>, float* d, const unsigned* a, uint64_t b, int add) {
+__device__ __forceinline__ void wgmma_rs(Int<64>, float* d, const unsigned* a, uint64_t b,
+                                         int add) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %37, 0;"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
@@ -147,7 +156,8 @@ __device__ __forceinline__ void wgmma_rs(Int<64>, float* d, const unsigned* a, u
       : SHARDWRIGHT_F16(0), SHARDWRIGHT_F16(16)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
-__device__ __forceinline__ void wgmma_rs(Int<128>, float* d, const unsigned* a, uint64_t b, int add) {
+__device__ __forceinline__ void wgmma_rs(Int<128>, float* d, const unsigned* a, uint64_t b,
+                                         int add) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %69, 0;"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
@@ -262,7 +272,7 @@ __device__ __forceinline__ void attention(const Args& a, int tile, int head, int
   unsigned base = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   base = (base + 1023) / 1024 * 1024;
   const unsigned q_at = base, k_at = base + Z::Q_BYTES, v_at = k_at + 2 * Z::TILE;
-  const int warp = tid / 32, lane = tid % 32, kv_head = head / (Z::H / Z::K);
+  const int warp = __shfl_sync(~0u, tid / 32, 0), lane = tid % 32, kv_head = head / (Z::H / Z::K);
   const int line0 = warp * 16 + lane / 4;  // this thread's tokens: line0 and line0 + 8
 
   wait_for_predecessors();
@@ -304,16 +314,33 @@ __device__ __forceinline__ void attention(const Args& a, int tile, int head, int
     const int end = top + 1, lowest = Z::WINDOW > 0 ? max(0, bottom + 1 - Z::WINDOW) / B * B : 0;
     const int limits[2] = {limit_of[line0], limit_of[line0 + 8]};
     const int* const pages = a.page_table + (int64_t)row * a.max_pages;
-    const int64_t layer_at = a.layer * a.pages;
-
-    auto load = [&](unsigned to, const half* cache, int begin) {
+    const int64_t first_page = (a.layer * a.pages * Z::K + kv_head) * Z::PAGE * D;
+    // The pages of a tile, one in each lane.
+    auto pages_of = [&](int begin) {
+      return pages[min(begin + lane % (B / Z::PAGE) * Z::PAGE, end - 1) / Z::PAGE];
+    };
+    auto load = [&](unsigned to, const half* cache, int begin, int tile_pages) {
+      constexpr int COPIES = (B * PIECES + kThreads - 1) / kThreads, LINES = kThreads / PIECES;
+      constexpr bool EVEN = kThreads % PIECES == 0 && LINES % 8 == 0 && B % LINES == 0 &&
+                            (LINES % Z::PAGE == 0 || Z::PAGE % LINES == 0);
 #pragma unroll
-      for (int i = tid; i < B * PIECES; i += kThreads) {
-        const int line = i / PIECES, piece = i % PIECES, p = min(begin + line, end - 1);
-        const int64_t page = layer_at + pages[p / Z::PAGE];
-        const half* from =
-            cache + ((page * Z::K + kv_head) * Z::PAGE + p % Z::PAGE) * D + piece * 8;
-        copy_async(to + place(line, piece, B), from, begin + line < end);
+      for (int k = 0; k < COPIES; ++k) {
+        int line, at;  // of the tile, and of its page
+        unsigned place_at;
+        if (EVEN) {  // the same piece each time, LINES lines on
+          line = tid / PIECES + k * LINES;
+          at = tid / PIECES % Z::PAGE + k * LINES % Z::PAGE;
+          place_at = place(tid / PIECES, tid % PIECES, B) + k * LINES * 128;
+        } else {
+          line = (tid + k * kThreads) / PIECES;
+          if (line >= B) break;
+          at = line % Z::PAGE;
+          place_at = place(line, (tid + k * kThreads) % PIECES, B);
+        }
+        const int page = __shfl_sync(~0u, tile_pages, line / Z::PAGE);
+        const half* from = cache + first_page + (int64_t)page * (Z::K * Z::PAGE * D);
+        copy_async(to + place_at, from + (at * D + (tid + k * kThreads) % PIECES * 8),
+                   begin + line < end);
       }
     };
     // From a tile's scores to its weights; `rescale` is what older sums are to be multiplied by.
@@ -321,12 +348,12 @@ __device__ __forceinline__ void attention(const Args& a, int tile, int head, int
       if (Z::CAPPED) {
 #pragma unroll
         for (int i = 0; i < B / 2; ++i)
-          score[i] = tanhf(score[i] * a.scale / a.softcap) * a.softcap * kLog2e;
+          score[i] = tanh_fast(score[i] * (a.scale / a.softcap)) * (a.softcap * kLog2e);
       }
       const float scale = Z::CAPPED ? 1.f : a.scale * kLog2e;
       bool some = begin + B > min(limits[0], limits[1]) + 1;
       if (Z::WINDOW > 0) some |= begin <= max(limits[0], limits[1]) - Z::WINDOW;
-      if (some) {
+      if (__any_sync(~0u, some)) {
 #pragma unroll
         for (int i = 0; i < B / 2; ++i) {
           const int p = begin + i / 4 * 8 + lane % 4 * 2 + i % 2, limit = limits[i / 2 % 2];
@@ -358,52 +385,73 @@ __device__ __forceinline__ void attention(const Args& a, int tile, int head, int
       for (int i = 0; i < D / 2; ++i) sum[i] *= rescale[i / 2 % 2];
     };
     const int tiles = (end - lowest + B - 1) / B;
-    load(k_at, a.k_pages, lowest);
+    int pages_now = pages_of(lowest), pages_next = pages_of(lowest + B);
+    load(k_at, a.k_pages, lowest, pages_now);
     copies_issued();
-    unsigned weight[B / 4];
-    auto weigh = [&](const float* score) {
+    // Values of tile j, and keys of the next, to where keys j - 1 and values j - 2 were.
+    auto load_next = [&](int j) {
+      load(v_at + j % 2 * Z::TILE, a.v_pages, lowest + j * B, pages_now);
+      pages_now = pages_next;
+      if (j + 1 < tiles)
+        load(k_at + (j + 1) % 2 * Z::TILE, a.k_pages, lowest + (j + 1) * B, pages_now);
+      pages_next = pages_of(lowest + (j + 2) * B);
+      copies_issued();
+    };
+    float score[B / 2], rescale[2];
+    unsigned weight[B / 4];  // words 4 * i .. are the first operand of m16k16 for 16 positions
+    auto weigh = [&] {
 #pragma unroll
       for (int i = 0; i < B / 4; ++i) weight[i] = pack(score[2 * i], score[2 * i + 1]);
     };
-    // Weights as the first operand of m16k16: words 4 * step .. + 3 hold 16 positions.
-
-    for (int j = 0; j < tiles; ++j) {
-      copies_done();
-      __syncthreads();
-      // The tiles of keys j - 1 and of values j - 2 have been used by all.
-      load(v_at + j % 2 * Z::TILE, a.v_pages, lowest + j * B);
-      if (j + 1 < tiles) load(k_at + (j + 1) % 2 * Z::TILE, a.k_pages, lowest + (j + 1) * B);
-      copies_issued();
-      float score[B / 2], rescale[2];
-      const unsigned keys = k_at + j % 2 * Z::TILE;
-      const unsigned values = v_at + (j + 1) % 2 * Z::TILE;  // of tile j - 1
 #if SHARDWRIGHT_WGMMA
-      const unsigned q_lines = q_at + warp / 4 * 64 * 128;
+    auto multiply_keys = [&](int j) {
+      const unsigned q_lines = q_at + warp / 4 * 64 * 128, keys = k_at + j % 2 * Z::TILE;
       wgmma_fence();
 #pragma unroll
       for (int s = 0; s < D / 16; ++s)
         wgmma_ss(Int<B>(), score, matrix_at(q_lines + s / 4 * (kTokens * 128) + s % 4 * 32, 16),
                  matrix_at(keys + s / 4 * (B * 128) + s % 4 * 32, 16), s > 0);
       wgmma_commit();
-      if (j > 0) {
-        wgmma_fence();
-        add_values<Z>(sum, weight, values);
-        wgmma_commit();
-        wgmma_wait<1>();
-      } else {
-        wgmma_wait<0>();
-      }
+    };
+#endif
+
+    copies_done();
+    __syncthreads();
+#if SHARDWRIGHT_WGMMA
+    multiply_keys(0);
+    load_next(0);
+    wgmma_wait<0>();
+    pin<B / 2>(score);
+#else
+    load_next(0);
+    multiply_keys<Z>(score, q_at, k_at, warp, lane);
+#endif
+    softmax(score, lowest, rescale);  // of tokens whose sum is still 0
+    weigh();
+    for (int j = 1; j < tiles; ++j) {
+      copies_done();
+      __syncthreads();
+      const unsigned values = v_at + (j + 1) % 2 * Z::TILE;  // of tile j - 1
+#if SHARDWRIGHT_WGMMA
+      multiply_keys(j);
+      add_values<Z>(sum, weight, values);
+      wgmma_commit();
+      load_next(j);
+      wgmma_wait<1>();
       pin<B / 2>(score);
       softmax(score, lowest + j * B, rescale);
+      // Never so, but ptxas does not know, and leaves the wait behind the softmax.
+      if (mass[0] + mass[1] < 0.f) asm volatile("nanosleep.u32 0;");
       wgmma_wait<0>();
       pin<D / 2>(sum);
 #else
-      if (j > 0) add_values<Z>(sum, weight, values, lane);
-      multiply_keys<Z>(score, q_at, keys, warp, lane);
+      load_next(j);
+      add_values<Z>(sum, weight, values, lane);
+      multiply_keys<Z>(score, q_at, k_at + j % 2 * Z::TILE, warp, lane);
       softmax(score, lowest + j * B, rescale);
 #endif
       rescale_sum(rescale);
-      weigh(score);
+      weigh();
     }
     copies_done();
     __syncthreads();
