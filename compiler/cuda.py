@@ -50,8 +50,7 @@ def cuda_target(archs: tuple[str, ...]) -> tvm.target.Target:
             "max_threads_per_block": 1024,
             "max_shared_memory_per_block": 49152,
             "thread_warp_size": 32,
-            # Kernels with Hopper's own instructions, which no other architecture has.
-            "keys": ["cuda", "gpu", *(["wgmma"] if set(archs) == {"sm_90a"} else [])],
+            "keys": ["cuda", "gpu", *_abilities(archs)],
         },
         host="llvm",
     )
@@ -60,6 +59,16 @@ def cuda_target(archs: tuple[str, ...]) -> tvm.target.Target:
 def from_sm_90(target: tvm.target.Target) -> bool:
     """Whether all GPUs that `target` is for have thread block clusters and dependent launch."""
     return target.kind.name == "cuda" and _version(str(target.attrs["arch"])) >= 90
+
+
+def _abilities(archs: tuple[str, ...]) -> list[str]:
+    """What all of `archs` have beyond sm_80, as keys of a target.
+
+    "wgmma" are Hopper's own instructions; with "clusters" of blocks comes 227 KB of shared memory
+    for a block.
+    """
+    wgmma = ["wgmma"] if set(archs) == {"sm_90a"} else []
+    return wgmma + (["clusters"] if {_version(arch) for arch in archs} <= {90, 100, 103} else [])
 
 
 def install_hook(archs: tuple[str, ...]) -> None:

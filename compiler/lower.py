@@ -22,6 +22,7 @@ from shardwright.compiler.kernels import (
     attention_cuda,
     experts,
     gemv,
+    gemv_mma,
     gemv_rocm,
     matmul,
     norm,
@@ -45,7 +46,7 @@ MATMUL = "shardwright.matmul"
 """Packed function of the runtime, `(x [n,K], w [N,K], out [n,N])`."""
 
 GEMV_MAX_BATCH = 8
-"""Largest batch for which a matrix-vector kernel is used on a GPU; above it, tensor cores."""
+"""Largest batch of the matrix-vector kernels without tensor cores."""
 
 
 def lower_abstract(
@@ -66,6 +67,7 @@ def lower_abstract(
     bb = relax.BlockBuilder()
     kernels = _Kernels(bb, target_name(target))
     kernels.cublas = target.kind.name == "cuda" and CUBLAS_PASS not in disabled
+    kernels.clusters = "clusters" in target.keys
     kernels.wgmma = "wgmma" in target.keys and Q4_GEMM_PASS not in disabled
     if target.kind.name == "cuda":
         kernels.arch = int(str(target.attrs["arch"])[3:])
@@ -102,7 +104,7 @@ class _Kernels:
 
     def __init__(self, bb: relax.BlockBuilder, target: str) -> None:
         self.bb, self.target = bb, target
-        self.cublas = self.wgmma = False
+        self.cublas = self.clusters = self.wgmma = False
         self.arch = 0  # the oldest CUDA architecture, such as 89
         self.generated: dict[tuple[Any, ...], relax.GlobalVar] = {}
 
@@ -371,8 +373,15 @@ def _matrix_vector(
         unit = 32
         if shapes["group"] % unit:
             return None
-    few = batch is not None and batch <= GEMV_MAX_BATCH
-    if not few or shapes["in_features"] % unit or str(x.ty.dtype) != "float16":
+    if batch is None or shapes["in_features"] % unit or str(x.ty.dtype) != "float16":
+        return None
+    if k.target == "cuda":
+        sizes = {name: size for name, size in shapes.items() if name != "out_dtype"}
+        tuned = gemv_mma.plan(gemv_mma.Product(batch=batch, **sizes), clusters=k.clusters)
+        if tuned is not None:
+            kernel = k.kernel(gemv_mma.gemv_mma, batch=batch, **shapes, tuned=tuned)
+            return relax.call_tir(kernel, args, call.ty)
+    if batch > GEMV_MAX_BATCH:
         return None
     if k.target == "cuda":
         kernel = k.kernel(gemv.q4_gemv if scale else gemv.gemv, batch=batch, **shapes)

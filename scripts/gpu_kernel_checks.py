@@ -12,19 +12,36 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
+import itertools
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-GEMV_SHAPES = {  # (out, in): Llama-3-8B, then Llama-2-70B on 1 and 4 GPUs, then an odd one
-    "8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)],
-    "70b": [(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)],
-    "70b/4": [(2560, 8192), (8192, 2048), (14336, 8192), (8192, 7168)],
-    "odd": [(1283, 96), (1286, 96), (7, 11008)],
-}
-GATED = [(28672, 4096), (14336, 8192), (1286, 96)]  # gate and value above each other
+FP16, Q4 = "gemv", "q4_gemv"
+GEMV: dict[str, tuple[Any, Any, Any]] = {  # (out, in), batches, kinds
+    "8b": (
+        [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)], (1, 2, 8, 16), (FP16, Q4)
+    ),
+    "vocabulary": ([(128256, 4096)], (1, 8), (FP16,)),
+    "70b": ([(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)], (1, 8), (FP16, Q4)),
+    "8b on 4": ([(1536, 4096), (4096, 1024), (7168, 4096), (4096, 3584)], (1, 8), (FP16,)),
+    "70b on 4": ([(2560, 8192), (8192, 2048), (14336, 8192), (8192, 7168)], (1, 8, 16), (Q4,)),
+    "70b on 8": ([(1280, 8192), (8192, 1024), (8192, 3584)], (1,), (Q4,)),
+    "odd": ([(1283, 96), (7, 11008), (1000, 5504)], (1, 3, 16), (FP16, Q4)),
+    "odd, not whole groups": ([(130, 1048)], (1, 5), (FP16,)),
+}  # fmt: skip
+GATED = [  # gate and value above each other: (out, in), batch
+    ((28672, 4096), 1),
+    ((28672, 4096), 8),
+    ((14336, 8192), 16),
+    ((1286, 96), 3),
+    ((1286, 192), 16),
+]
+GROUPS = [((4096, 4096), 64, 1), ((4096, 4096), 128, 8), ((1001, 1472), 64, 16)]
 Q4_GEMM = [  # tokens, out, in, group
     (2048, 28672, 4096, 32),
     (2048, 57344, 8192, 32),
@@ -87,19 +104,21 @@ LAYERS, PAGE, MAX_LEN, VOCAB = 3, 16, 4096, 128256
 def all_cases(tune: bool) -> list[dict[str, Any]]:
     """Every case as plain data: its kind, its name and what its kernel is generated from."""
     cases: list[dict[str, Any]] = []
-    for family, shapes in GEMV_SHAPES.items():
-        for n, k in shapes:
-            for batch in (1, 2, 4, 8) if family in ("8b", "odd") else (1,):
-                for kind in ("gemv", "q4_gemv"):
-                    if kind == "q4_gemv" and (k % 32 or n == 128256):
-                        continue
-                    name = f"{kind}_{batch}_{n}_{k}"
-                    cases.append(dict(kind=kind, name=name, batch=batch, n=n, k=k, plan=None))
-                    if tune and n <= 57344 and family != "odd":
-                        cases += tuning(cases[-1])
-                    if (n, k) in GATED:
-                        case = dict(kind=kind, name=f"{name}_gated", gated=True)
-                        cases.append(case | dict(batch=batch, n=n, k=k, plan=None))
+    for shapes, batches, kinds in GEMV.values():
+        for (n, k), batch, kind in itertools.product(shapes, batches, kinds):
+            case = dict(kind=kind, name=f"{kind}_{batch}_{n}_{k}", batch=batch, n=n, k=k)
+            cases.append(case)
+            if tune and n * k >= 2**21:
+                cases += tuning(case)
+            # Those without tensor cores, for what the others do not take.
+            if n * k <= 2**25 and batch <= 8:
+                cases.append(case | dict(name=case["name"] + "_plain", plain=True))
+    for ((n, k), batch), kind in itertools.product(GATED, (FP16, Q4)):
+        name = f"{kind}_{batch}_{n}_{k}_gated"
+        cases.append(dict(kind=kind, name=name, batch=batch, n=n, k=k, gated=True))
+    for (n, k), group, batch in GROUPS:
+        name = f"{Q4}_{batch}_{n}_{k}_group_{group}"
+        cases.append(dict(kind=Q4, name=name, batch=batch, n=n, k=k, group=group))
     for heads, kv, dim, batch, contexts in ATTENTION:
         sizes = dict(heads=heads, kv=kv, dim=dim, batch=batch, contexts=contexts)
         name = f"{heads}_{kv}_{dim}_{batch}_{contexts[0]}"
@@ -128,19 +147,46 @@ def all_cases(tune: bool) -> list[dict[str, Any]]:
 
 
 def tuning(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """The same product under other plans: rows, split, unroll."""
-    plans = {
-        1: [(2, 1, 2), (2, 2, 2), (2, 4, 2), (2, 8, 2), (4, 1, 2), (4, 4, 1), (4, 4, 2)],
-        2: [(2, 2, 2), (2, 8, 2), (4, 4, 1), (4, 4, 2)],
-        4: [(2, 8, 1), (2, 2, 2), (4, 4, 1), (4, 8, 1)],
-        8: [(2, 4, 2), (2, 8, 1), (4, 2, 1), (4, 8, 1), (8, 2, 1), (8, 8, 1)],
-    }[case["batch"]]
-    units = case["k"] // (8 if case["kind"] == "gemv" else 32)
-    return [
-        case | dict(name="_".join(map(str, (case["name"], *plan))), plan=plan)
-        for plan in plans
-        if plan[1] * plan[2] * 32 <= units
+    """The same product under other plans: chunk, tiles, depth, split, teams, cluster."""
+    plans = [
+        (256, 1, 2, 4, 4, 1),
+        (256, 1, 2, 2, 8, 1),
+        (128, 1, 4, 16, 1, 1),
+        (128, 1, 3, 8, 2, 1),
     ]
+    if case["batch"] > 1:
+        plans = [
+            (128, 1, depth, split, 16 // split, cluster)
+            for depth in (2, 3)
+            for split in (2, 4, 8)
+            for cluster in (1, 2)
+        ]
+    return [
+        case | dict(name="_".join(map(str, (case["name"], *plan))), plan=plan) for plan in plans
+    ]
+
+
+def product_kernel(case: dict[str, Any]) -> Any:
+    """The kernel that the compiler would take, or another that `case` asks for; None if none is."""
+    from shardwright.compiler.kernels import gemv, gemv_mma
+
+    sizes = dict(batch=case["batch"], out_features=case["n"], in_features=case["k"])
+    group = case.get("group", 32) if case["kind"] == Q4 else 0
+    gated = case.get("gated", False)
+    product = gemv_mma.Product(**sizes, group=group, gated=gated)
+    plan = None if case.get("plain") else gemv_mma.plan(product, clusters=True)
+    if case.get("plan"):
+        chosen = gemv_mma.Plan(*case["plan"])
+        plan = product.in_phases(chosen, gemv_mma.SHARED_BYTES_CLUSTERS)
+        if plan is None:
+            return None
+    if plan is not None:
+        case["used"] = list(dataclasses.astuple(plan))
+        return gemv_mma.gemv_mma(**sizes, out_dtype="float16", group=group, gated=gated, tuned=plan)
+    case["used"] = "plain"
+    if group:
+        return gemv.q4_gemv(**sizes, out_dtype="float16", group=group, gated=gated)
+    return gemv.gemv(**sizes, out_dtype="float16", gated=gated)
 
 
 def max_len_of(case: dict[str, Any]) -> int:
@@ -157,7 +203,7 @@ def layers_of(case: dict[str, Any]) -> int:
     return max(LAYERS, min(64, 200 * 2**20 // size))
 
 
-def build(directory: Path, archs: tuple[str, ...], tune: bool, only: str) -> None:
+def build(directory: Path, archs: tuple[str, ...], tune: bool, only: str, match: str) -> None:
     import tvm
 
     from shardwright.compiler.cuda import cuda_target, install_hook
@@ -165,28 +211,26 @@ def build(directory: Path, archs: tuple[str, ...], tune: bool, only: str) -> Non
         activation,
         attention,
         attention_cuda,
-        gemv,
         matmul,
         norm,
         q4_gemm,
         rotary,
         sampling,
     )
+    from shardwright.compiler.pipeline import dependent_launch
 
     funcs: dict[str, Any] = {}
-    cases = [case for case in all_cases(tune) if case["kind"].startswith(only)]
+    cases = [
+        case
+        for case in all_cases(tune)
+        if case["kind"].startswith(only) and re.search(match, case["name"])
+    ]
     for case in cases:
         kind, name = case["kind"], case["name"]
-        if kind in ("gemv", "q4_gemv"):
-            units = case["k"] // (8 if kind == "gemv" else 32)
-            plan = gemv.Plan(*case["plan"]) if case["plan"] else gemv.plan(
-                batch=case["batch"], out_features=case["n"], units=units, q4=kind == "q4_gemv"
-            )  # fmt: skip
-            case["used"] = [plan.rows, plan.split, plan.unroll]
-            sizes = dict(batch=case["batch"], out_features=case["n"], in_features=case["k"],
-                         out_dtype="float16", tuned=plan,
-                         gated=case.get("gated", False))  # fmt: skip
-            funcs[name] = gemv.gemv(**sizes) if kind == "gemv" else gemv.q4_gemv(group=32, **sizes)
+        if kind in (FP16, Q4):
+            kernel = product_kernel(case)
+            if kernel is not None:
+                funcs[name] = kernel
         elif kind in ("decode", "prefill"):
             sizes = dict(
                 heads=case["heads"], kv_heads=case["kv"], head_dim=case["dim"],
@@ -247,15 +291,24 @@ def build(directory: Path, archs: tuple[str, ...], tune: bool, only: str) -> Non
     funcs["q4_gemm_image"] = q4_gemm.q4_gemm_image()
     for group in {group for *_, group in Q4_GEMM}:
         funcs[f"q4_gemm_{group}"] = q4_gemm.q4_gemm(group=group)
+    cases = [c for c in cases if c["kind"] not in (FP16, Q4) or c["name"] in funcs]
     install_hook(archs)
     kept = {c["kind"] for c in cases}
-    if only:
+    if only or match:
         funcs = {n: f for n, f in funcs.items() if any(n.startswith(kind) for kind in kept)}
     mod = tvm.IRModule({n: f.with_attr("global_symbol", n) for n, f in funcs.items()})
     directory.mkdir(parents=True, exist_ok=True)
-    tvm.compile(mod, target=cuda_target(archs)).export_library(str(directory / "kernels.so"))
+    target = cuda_target(archs)
+    with target:
+        mod = dependent_launch(mod)
+    tvm.compile(mod, target=target).export_library(str(directory / "kernels.so"))
     (directory / "cases.json").write_text(json.dumps(cases))
     print(f"{len(funcs)} kernels, {(directory / 'kernels.so').stat().st_size / 2**20:.1f} MiB")
+
+
+def weight_bytes(n: int, k: int, group: int) -> int:
+    """Bytes of a weight, with its scales if it has any."""
+    return n * k // 2 + n * (k // group) * 2 if group else n * k * 2
 
 
 class _Runner:
@@ -327,37 +380,42 @@ class _Runner:
         scale = (torch.rand(n, k // group, device="cuda") / 64).half()
         return packed.to(torch.int32).view(torch.uint32), scale
 
-    def operands(self, n: int, k: int, batch: int, q4: bool) -> tuple[Any, list[Any], Any]:
+    def operands(self, n: int, k: int, batch: int, group: int) -> tuple[Any, list[Any], Any]:
         """x, copies of the weight that pass the L2 cache, and the product of the first of them."""
-        torch, key = self.torch, (n, k, batch, q4)
+        torch, key = self.torch, (n, k, batch, group)
         if key != self.held[0]:
             self.held = (None, None)
             x = torch.randn(batch, k, device="cuda").half()
             weights: list[Any] = []
-            for _ in range(self.copies(n * k * 2 if not q4 else n * k * 9 // 16)):
-                if q4:
-                    weights.append(self.quantized(n, k))
+            for _ in range(self.copies(weight_bytes(n, k, group))):
+                if group:
+                    weights.append(self.quantized(n, k, group))
                 else:
                     weights.append((torch.randn(n, k, device="cuda", dtype=torch.half) / 16,))
-            dense = self.unpacked(*weights[0]) if q4 else weights[0][0].double()
+            dense = self.unpacked(*weights[0], group) if group else weights[0][0].double()
             self.held = (key, (x, weights, x.double() @ dense.T))
         return self.held[1]
 
     def product(self, case: dict[str, Any]) -> None:
         torch = self.torch
-        n, k, batch, q4 = case["n"], case["k"], case["batch"], case["kind"] == "q4_gemv"
-        size = n * k * 2 if not q4 else n * k * 9 // 16
-        x, weights, want = self.operands(n, k, batch, q4)
+        n, k, batch = case["n"], case["k"], case["batch"]
+        group = case.get("group", 32) if case["kind"] == Q4 else 0
+        x, weights, want = self.operands(n, k, batch, group)
         if case.get("gated"):
             gate, value = (half.half().double() for half in want.chunk(2, 1))
             want = torch.nn.functional.silu(gate) * value
-        outs = torch.full(want.shape, torch.nan, device="cuda").half()
+        outs, again = (torch.full(want.shape, torch.nan, device="cuda").half() for _ in range(2))
         self.call(case["name"], x, *weights[0], outs)
         error = ((outs.double() - want).abs().max() / want.abs().max()).item()
         calls = [lambda w=w: self.call(case["name"], x, *w, outs) for w in weights]
         us = self.time(calls)
+        self.call(case["name"], x, *weights[0], again)
+        self.call(case["name"], x, *weights[0], outs)
+        if not torch.equal(outs, again):
+            error = math.inf  # two calls must give the same bits
         bound = 6e-3 if case.get("gated") else 2e-3  # a product of two such sums
-        self.report(case, error, bound, us=us, TBps=size / us / 1e6, plan=case["used"])
+        tbps = weight_bytes(n, k, group) / us / 1e6
+        self.report(case, error, bound, us=us, TBps=tbps, plan=case["used"])
 
     def silu_mul(self, case: dict[str, Any]) -> None:
         torch = self.torch
@@ -632,8 +690,8 @@ class _Runner:
     def run(self, cases: list[dict[str, Any]]) -> None:
         import traceback
 
-        for case in sorted(cases, key=lambda c: c["kind"] in ("gemv", "q4_gemv")):
-            kind = "product" if case["kind"] in ("gemv", "q4_gemv") else case["kind"]
+        for case in sorted(cases, key=lambda c: c["kind"] in (FP16, Q4)):
+            kind = "product" if case["kind"] in (FP16, Q4) else case["kind"]
             try:
                 getattr(self, kind)(case)
             except Exception:
@@ -649,10 +707,11 @@ def main() -> int:
     parser.add_argument("--arch", default="sm_90a", help="for build, comma-separated")
     parser.add_argument("--tune", action="store_true", help="build other plans of the products too")
     parser.add_argument("--only", default="", help="for build, cases of kinds that begin so")
+    parser.add_argument("--match", default="", help="for build, cases whose name matches this")
     parser.add_argument("--json", type=Path, help="for run, write the figures here")
     args = parser.parse_args()
     if args.mode == "build":
-        build(args.directory, tuple(args.arch.split(",")), args.tune, args.only)
+        build(args.directory, tuple(args.arch.split(",")), args.tune, args.only, args.match)
         return 0
     runner = _Runner(args.directory)
     runner.run(json.loads((args.directory / "cases.json").read_text()))

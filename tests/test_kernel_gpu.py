@@ -3,21 +3,26 @@
 What they compute is checked on a GPU by scripts/gpu_kernel_checks.py.
 """
 
+import itertools
 import re
 
 import pytest
 import tvm
+from tvm import relax
 from tvm.target import Target
 
+from shardwright.compiler.cuda import cuda_target
 from shardwright.compiler.kernels import (
     attention_cuda,
     attention_gpu,
     gemv,
+    gemv_mma,
     matmul,
     norm,
     rotary,
     sampling,
 )
+from shardwright.compiler.lower import lower_abstract
 from shardwright.errors import UsageError
 
 CACHE = dict(layers=2, pages=9, page_size=16, batch=None, max_pages=4, dtype="float16")
@@ -157,6 +162,85 @@ def test_product_plans(batch, q4):
             assert p.split == 1 or p.split * p.unroll * gemv.WARP <= units
             # The warps that share rows write one sum a thread.
             assert p.split == 1 or p.rows * batch <= p.split * gemv.WARP
+
+
+@pytest.mark.parametrize("clusters", [False, True])
+@pytest.mark.parametrize("group", [0, 32, 128])
+def test_tensor_core_plans_cover_the_product_and_fit(clusters, group):
+    limit = gemv_mma.SHARED_BYTES_CLUSTERS if clusters else gemv_mma.SHARED_BYTES
+    sizes = itertools.product((2, 130, 4096, 57344), (512, 1792, 4096, 28672), (1, 3, 8, 16))
+    for out_features, in_features, batch in sizes:
+        for gated in (False, True):
+            product = gemv_mma.Product(batch, out_features, in_features, group, gated)
+            p = gemv_mma.plan(product, clusters=clusters)
+            if p is None:
+                # Only where much x meets little shared memory.
+                assert not clusters and batch * in_features > 2**17
+                continue
+            assert product.shared(p) <= limit
+            assert p.split * p.teams * 32 <= 512 and p.depth >= 2
+            assert p.cluster == 1 or clusters
+            assert product.parts(p) * p.cluster <= gemv_mma.PROCESSORS
+            assert product.tiles(p) * gemv_mma.TILE * product.parts(p) >= out_features
+
+
+@pytest.mark.parametrize(
+    ("batch", "in_features", "group"),
+    [(17, 4096, 32), (1, 96, 32), (1, 1472, 64), (1, 4096, 16), (1, 4096, 512), (1, 12, 0)],
+)
+def test_products_that_tensor_cores_do_not_take(batch, in_features, group):
+    product = gemv_mma.Product(batch, 64, in_features, group)
+    assert gemv_mma.plan(product, clusters=True) is None
+
+
+@pytest.mark.parametrize("group", [0, 64])
+@pytest.mark.parametrize("gated", [False, True])
+def test_tensor_core_products(group, gated):
+    product = gemv_mma.Product(9, 1286, 5504, group, gated)
+    plan = gemv_mma.plan(product, clusters=True)
+    assert plan.cluster == 2
+    func = gemv_mma.gemv_mma(
+        batch=9, out_features=1286, in_features=5504, group=group, gated=gated,
+        out_dtype="float16", tuned=plan,
+    )  # fmt: skip
+    text = source(func)
+    assert "mma.sync" in text and "griddepcontrol.wait" in text
+    assert f"out: T.Buffer((9, {643 if gated else 1286})" in func.script()
+
+
+@pytest.mark.parametrize(("batch", "kernel"), [(1, "mma"), (16, "mma"), (17, None)])
+@pytest.mark.parametrize("columns", [256, 96])
+def test_who_computes_products_of_few_tokens(batch, kernel, columns):
+    mod, target = four_bit_product(batch, columns), cuda_target(("sm_89", "sm_90a"))
+    with target:
+        mod = lower_abstract(mod, target)
+    names = {gv.name_hint for gv, f in mod.functions_items() if not isinstance(f, relax.Function)}
+    if kernel is None or (columns == 96 and batch > 8):
+        wanted = "q4_dequantize_kernel"
+    else:
+        wanted = "gemv_mma_kernel" if columns == 256 else "q4_gemv_kernel"
+    assert names == {wanted}
+
+
+def four_bit_product(batch, columns):
+    shapes = [(batch, columns), (64, columns // 8), (64, columns // 32)]
+    operands = [
+        relax.Var(name, relax.TensorType(shape, dtype))
+        for name, shape, dtype in zip(
+            ("x", "packed", "scale"), shapes, ("float16", "uint32", "float16"), strict=True
+        )
+    ]
+    bb = relax.BlockBuilder()
+    with bb.function("decode", operands, attrs={"num_input": 1}):
+        with bb.dataflow():
+            call = relax.call_dps_packed(
+                "shardwright.q4_linear",
+                relax.Tuple(operands),
+                out_ty=relax.TensorType((batch, 64), "float16"),
+            )
+            y = bb.emit_output(call)
+        bb.emit_func_output(y)
+    return bb.get()
 
 
 @pytest.mark.parametrize("batch", [1, 5])

@@ -1,0 +1,388 @@
+// Products of few tokens with a large weight on tensor cores; gemv_mma.py explains and calls them.
+// Guarded, because several kernels of a module include it.
+#ifndef SHARDWRIGHT_GEMV_MMA
+#define SHARDWRIGHT_GEMV_MMA
+
+namespace shardwright_gemv {
+
+__device__ __forceinline__ unsigned address(const void* p) {
+  return (unsigned)__cvta_generic_to_shared(p);
+}
+
+// An asynchronous copy of `kBytes` to shared memory, or of as many zeros.
+template <int kBytes>
+__device__ __forceinline__ void copy(unsigned to, const void* from, bool valid) {
+  if (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 :: "r"(to), "l"(from), "r"(valid ? 16 : 0));
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                 :: "r"(to), "l"(from), "n"(kBytes), "r"(valid ? kBytes : 0));
+}
+
+// The rows of four 8 x 8 matrices, 16 bytes each; a lane names one of them.
+__device__ __forceinline__ uint4 load_matrices(unsigned row) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(row));
+  return v;
+}
+
+// `kCount` scales with one instruction.
+template <int kCount>
+__device__ __forceinline__ void read(half (&out)[kCount], const char* from) {
+  if (kCount == 4) *reinterpret_cast<uint2*>(out) = *reinterpret_cast<const uint2*>(from);
+  else if (kCount == 2) *reinterpret_cast<unsigned*>(out) = *reinterpret_cast<const unsigned*>(from);
+  else out[0] = *reinterpret_cast<const half*>(from);
+}
+
+// c [16 x 8] += w [16 x 16] * x [16 x 8]
+__device__ __forceinline__ void multiply(float (&c)[4], unsigned w0, unsigned w1, unsigned w2,
+                                         unsigned w3, unsigned x0, unsigned x1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(w0), "r"(w1), "r"(w2), "r"(w3), "r"(x0), "r"(x1));
+}
+
+// Eight elements less their scale as four pairs: 0 4, 1 5, 2 6, 3 7. 0x6400 is 1024 in half
+// precision, whose last bits count ones, and those above them sixteens.
+__device__ __forceinline__ void unpack(unsigned word, unsigned (&out)[4]) {
+  const half2 low = __half2half2(__ushort_as_half(0x6407));        // 1024 + 7
+  const half2 high = __half2half2(__ushort_as_half(0xd470));       // -(1024 / 16 + 7)
+  const half2 sixteenth = __half2half2(__ushort_as_half(0x2c00));  // 1 / 16
+  const unsigned later = word >> 8;
+  asm("lop3.b32 %0, %1, 0x000f000f, 0x64006400, 0xea;" : "=r"(out[0]) : "r"(word));
+  asm("lop3.b32 %0, %1, 0x00f000f0, 0x64006400, 0xea;" : "=r"(out[1]) : "r"(word));
+  asm("lop3.b32 %0, %1, 0x000f000f, 0x64006400, 0xea;" : "=r"(out[2]) : "r"(later));
+  asm("lop3.b32 %0, %1, 0x00f000f0, 0x64006400, 0xea;" : "=r"(out[3]) : "r"(later));
+  half2* pairs = reinterpret_cast<half2*>(out);
+  pairs[0] = __hsub2(pairs[0], low);
+  pairs[1] = __hfma2(pairs[1], sixteenth, high);
+  pairs[2] = __hsub2(pairs[2], low);
+  pairs[3] = __hfma2(pairs[3], sixteenth, high);
+}
+
+template <class Out>
+__device__ __forceinline__ Out rounded(float v);
+template <>
+__device__ __forceinline__ float rounded<float>(float v) { return v; }
+template <>
+__device__ __forceinline__ half rounded<half>(float v) { return __float2half(v); }
+
+// Sizes, as `Layout` of gemv_mma.py has them; kGroup is 0 for an fp16 weight.
+template <int kBatch_, int kOutputs_, int kInner_, int kGroup_, bool kGated_, int kChunk_,
+          int kTiles_, int kDepth_, int kSplit_, int kTeams_, int kPhases_, int kCluster_>
+struct Sizes {
+  static constexpr int kBatch = kBatch_, kOutputs = kOutputs_, kInner = kInner_, kGroup = kGroup_;
+  static constexpr int kChunk = kChunk_, kDepth = kDepth_, kSplit = kSplit_, kTeams = kTeams_;
+  static constexpr int kTiles = kTiles_, kPhases = kPhases_, kCluster = kCluster_;
+  static constexpr bool kGated = kGated_, kQ4 = kGroup > 0;
+  static constexpr int kThreads = kSplit * kTeams * 32;
+  static constexpr int kRows = kTiles * 16;               // that a warp takes at a time
+  static constexpr int kRowBytes = kQ4 ? kInner / 2 : kInner * 2;
+  static constexpr int kElements = kQ4 ? kChunk * 2 : kChunk / 2;  // of a chunk
+  static constexpr int kPitch = kChunk + 16;              // eight rows meet no bank twice
+  static constexpr int kScaleBytes = kQ4 ? kElements / (kQ4 ? kGroup : 1) * 2 : 0;
+  static constexpr int kScaleRow = kQ4 ? kInner / (kQ4 ? kGroup : 1) * 2 : 0;
+  static constexpr int kScalePitch = kScaleBytes + (kScaleBytes == 32 ? 16 : 0);
+  static constexpr int kScalePiece = (kScaleRow | kScaleBytes) % 16 == 0  ? 16
+                                     : (kScaleRow | kScaleBytes) % 8 == 0 ? 8
+                                                                          : 4;
+  static constexpr int kSlot = kRows * (kPitch + kScalePitch);
+  static constexpr int kChunks = (kInner + kElements - 1) / kElements;
+  // Chunks of a row that a warp takes in a phase.
+  static constexpr int kSteps = (kChunks + kSplit * kPhases * kCluster - 1) /
+                                (kSplit * kPhases * kCluster);
+  static constexpr bool kWhole = kSteps * kSplit * kPhases * kCluster * kChunk == kRowBytes;
+  static constexpr int kBlocks32 = kElements / 32;        // pieces of 32 elements of a chunk
+  static constexpr int kPieces = kSteps * kSplit * kBlocks32 * 4;  // 16 bytes of x, of a token
+  static constexpr int kTokens8 = (kBatch + 7) / 8;
+  static constexpr int kOutputsOf = kGated ? 8 : 16;      // a tile has
+};
+
+// Where a warp's next chunk is read from and written to.
+template <class Z>
+struct Copies {
+  const char *weight, *scale;  // the lane's first bytes of the next chunk
+  const char *weight_start, *scale_start;
+  unsigned to, scale_to;
+  int left, all_left;  // outputs, from the next chunk's on
+  int step = 0, phase = 0, slot = 0;
+
+  static constexpr int kLanes = Z::kChunk / 16;            // that share a row
+  static constexpr int kScaleLanes = Z::kQ4 ? Z::kScaleBytes / Z::kScalePiece : 1;
+
+  // Rows are counted as a tile has them: of a gated product 8 gates, then their 8 values.
+  static __device__ __forceinline__ int row_of(int slot) {
+    return Z::kGated ? slot / 16 * 8 + slot % 8 : slot;
+  }
+
+  __device__ __forceinline__ void issue(int rank, int split) {
+    const int lane = threadIdx.x % 32;
+    const int chunk = ((phase * Z::kSteps + step) * Z::kCluster + rank) * Z::kSplit + split;
+    const bool in = Z::kWhole || chunk * Z::kChunk + lane % kLanes * 16 < Z::kRowBytes;
+    constexpr int kStep = 32 / kLanes;
+#pragma unroll
+    for (int i = 0; i < Z::kRows / kStep; ++i) {
+      // kStep divides 8, so i * kStep is on one side of a gated tile for all lanes.
+      const int at = i * kStep, row = row_of(at);
+      const bool value = Z::kGated && at % 16 >= 8;
+      const char* from = weight + (row + (value ? (long long)Z::kOutputs : 0)) * Z::kRowBytes;
+      copy<16>(to + slot * Z::kSlot + at * Z::kPitch, from, in && row + lane / kLanes < left);
+    }
+    if (Z::kQ4) {
+      const int place = chunk * Z::kScaleBytes + lane % kScaleLanes * Z::kScalePiece;
+      const bool scale_in = Z::kWhole || place < Z::kScaleRow;
+      constexpr int kScaleStep = 32 / kScaleLanes;  // rows at once
+#pragma unroll
+      for (int i = 0; i < (Z::kRows + kScaleStep - 1) / kScaleStep; ++i) {
+        const int at = i * kScaleStep + lane / kScaleLanes;
+        const int row = row_of(at);
+        const bool value = Z::kGated && at % 16 >= 8;
+        const char* from = scale + (row + (value ? (long long)Z::kOutputs : 0)) * Z::kScaleRow;
+        if (Z::kRows % kScaleStep == 0 || at < Z::kRows)
+          copy<Z::kScalePiece>(scale_to + slot * Z::kSlot + i * kScaleStep * Z::kScalePitch, from,
+                               scale_in && row < left);
+      }
+    }
+    if (++slot == Z::kDepth) slot = 0;
+    constexpr int kOn = Z::kCluster * Z::kSplit;
+    weight += kOn * Z::kChunk, scale += kOn * Z::kScaleBytes;
+    if (++step == Z::kSteps) {
+      constexpr long long kDown = Z::kTeams * Z::kTiles * Z::kOutputsOf;
+      step = 0, left -= kDown;
+      weight += kDown * Z::kRowBytes - Z::kSteps * kOn * Z::kChunk;
+      scale += kDown * Z::kScaleRow - Z::kSteps * kOn * Z::kScaleBytes;
+      if (Z::kPhases > 1 && left <= 0) {
+        ++phase, left = all_left;
+        weight = weight_start + phase * Z::kSteps * kOn * Z::kChunk;
+        scale = scale_start + phase * Z::kSteps * kOn * Z::kScaleBytes;
+      }
+    }
+  }
+};
+
+// A phase's part of x to shared memory as [32 elements][token][16 bytes of lane t], in the order in
+// which the lanes hold the weight.
+template <class Z>
+__device__ __forceinline__ void stage(const half* x, char* staged, int phase, int rank) {
+  constexpr int kCount = Z::kBatch * Z::kPieces, kOfStep = Z::kSplit * Z::kBlocks32 * 4;
+  constexpr int kMost = (kCount + Z::kThreads - 1) / Z::kThreads, kUnroll = kMost < 8 ? kMost : 8;
+  // Blocks start at different places: all reading the same bytes at once would be slow.
+  const int turn = blockIdx.x * 37 % (kCount / 4) * 4;
+  for (int base = threadIdx.x; base < kCount; base += Z::kThreads * kUnroll) {
+    uint4 pieces[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      int i = base + u * Z::kThreads + turn;
+      i = i < kCount ? i : i - kCount;
+      const int token = i / Z::kPieces, e = i % Z::kPieces;
+      const int step = phase * Z::kSteps + e / kOfStep;
+      const int at = (step * Z::kCluster + rank) * kOfStep + e % kOfStep;
+      pieces[u] = make_uint4(0, 0, 0, 0);
+      if (base + u * Z::kThreads < kCount && (Z::kWhole || at < Z::kInner / 8))
+        pieces[u] = *reinterpret_cast<const uint4*>(x + token * Z::kInner + at * 8);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      int i = base + u * Z::kThreads + turn;
+      i = i < kCount ? i : i - kCount;
+      const int token = i / Z::kPieces, e = i % Z::kPieces;
+      if (base + u * Z::kThreads >= kCount) continue;
+      const uint4 v = pieces[u];
+      unsigned* to = reinterpret_cast<unsigned*>(staged + (e / 4 * Z::kBatch + token) * 64);
+      if (Z::kQ4) {
+        *reinterpret_cast<uint4*>(to + e % 4 * 4) =
+            make_uint4(__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632),
+                       __byte_perm(v.y, v.w, 0x5410), __byte_perm(v.y, v.w, 0x7632));
+      } else {
+        to += e % 4;
+        to[0] = v.x, to[4] = v.y, to[8] = v.z, to[12] = v.w;
+      }
+    }
+  }
+}
+
+// The float at `p` in shared memory of block `rank` of the cluster.
+__device__ __forceinline__ float cluster_load(const float* p, int rank) {
+  unsigned at = address(p);
+  float v = 0.f;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(at) : "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at));
+#endif
+  return v;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+// One chunk of kTiles tiles: sums += w * x.
+template <class Z>
+__device__ __forceinline__ void consume(float (&sums)[Z::kTiles][Z::kTokens8][4], unsigned source,
+                                        const char* scales, const char* x) {
+  const int lane = threadIdx.x % 32, g = lane / 4;
+  source += lane % 16 * Z::kPitch + lane / 16 * 16;
+#pragma unroll
+  for (int q = 0; q < Z::kChunk / 64; ++q) {
+    uint4 w[Z::kTiles][2];
+    constexpr int kScales = !Z::kQ4 || Z::kGroup >= 128 ? 1 : 128 / (Z::kQ4 ? Z::kGroup : 1);
+    alignas(8) half factor[Z::kTiles][2][kScales];  // of rows g and g + 8
+#pragma unroll
+    for (int r = 0; r < Z::kTiles; ++r)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        w[r][i] = load_matrices(source + r * 16 * Z::kPitch + q * 64 + i * 32);
+        const char* at = scales + (r * 16 + i * 8 + g) * Z::kScalePitch;
+        if (Z::kQ4) read<kScales>(factor[r][i], at + q * 128 / (Z::kQ4 ? Z::kGroup : 1) * 2);
+      }
+#pragma unroll
+    for (int p = 0; p < (Z::kQ4 ? 4 : 1); ++p) {
+      uint4 tokens[Z::kTokens8];
+#pragma unroll
+      for (int n = 0; n < Z::kTokens8; ++n)
+        tokens[n] = *reinterpret_cast<const uint4*>(
+            x + (((Z::kQ4 ? q * 4 + p : q) * Z::kBatch + min(g + 8 * n, Z::kBatch - 1)) * 64));
+#pragma unroll
+      for (int r = 0; r < Z::kTiles; ++r) {
+        if (Z::kQ4) {
+          unsigned a[4], b[4];
+          unpack(p % 2 ? w[r][p / 2].z : w[r][p / 2].x, a);
+          unpack(p % 2 ? w[r][p / 2].w : w[r][p / 2].y, b);
+          const float upper = __half2float(factor[r][0][p * kScales / 4]);
+          const float lower = __half2float(factor[r][1][p * kScales / 4]);
+#pragma unroll
+          for (int n = 0; n < Z::kTokens8; ++n) {
+            float c[4] = {0.f, 0.f, 0.f, 0.f};
+            multiply(c, a[0], b[0], a[1], b[1], tokens[n].x, tokens[n].y);
+            multiply(c, a[2], b[2], a[3], b[3], tokens[n].z, tokens[n].w);
+            sums[r][n][0] += c[0] * upper;
+            if (Z::kBatch > 1) sums[r][n][1] += c[1] * upper;
+            sums[r][n][2] += c[2] * lower;
+            if (Z::kBatch > 1) sums[r][n][3] += c[3] * lower;
+          }
+        } else {
+#pragma unroll
+          for (int n = 0; n < Z::kTokens8; ++n) {
+            multiply(sums[r][n], w[r][0].x, w[r][0].y, w[r][0].z, w[r][0].w, tokens[n].x,
+                     tokens[n].y);
+            multiply(sums[r][n], w[r][1].x, w[r][1].y, w[r][1].z, w[r][1].w, tokens[n].z,
+                     tokens[n].w);
+          }
+        }
+      }
+    }
+  }
+}
+
+// `scale` may be anything for an fp16 weight; `shared` is 16-byte aligned; every thread calls it.
+template <class Z, class Out>
+__device__ __forceinline__ void product(const half* x, const void* weight, const half* scale,
+                                        Out* out, char* shared) {
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const int split = warp % Z::kSplit, team = warp / Z::kSplit;
+  const int rank = blockIdx.x % Z::kCluster, part = blockIdx.x / Z::kCluster;
+  const int parts = gridDim.x / Z::kCluster;
+  // The outputs of this block, or cluster.
+  const int first = (int)((long long)Z::kOutputs * part / parts);
+  const int count = (int)((long long)Z::kOutputs * (part + 1) / parts) - first;
+  constexpr int kTake = Z::kTiles * Z::kOutputsOf;  // outputs a warp takes at a time
+  const int takes = (count + kTake - 1) / kTake;
+  const int mine = takes > team ? (takes - team + Z::kTeams - 1) / Z::kTeams : 0;
+  const int height = ((Z::kOutputs + parts - 1) / parts + kTake - 1) / kTake * Z::kRows;
+  char* staged = shared + Z::kSplit * Z::kTeams * Z::kDepth * Z::kSlot;
+  float* partial = reinterpret_cast<float*>(staged + Z::kPieces * Z::kBatch * 16);
+
+  using Ahead = Copies<Z>;
+  Ahead ahead;
+  char* const ring = shared + warp * Z::kDepth * Z::kSlot;
+  const int row = first + team * kTake;
+  ahead.to = address(ring) + lane / Ahead::kLanes * Z::kPitch + lane % Ahead::kLanes * 16;
+  ahead.scale_to = address(ring) + Z::kRows * Z::kPitch +
+                   lane / Ahead::kScaleLanes * Z::kScalePitch +
+                   lane % Ahead::kScaleLanes * Z::kScalePiece;
+  const int at = rank * Z::kSplit + split;
+  ahead.weight_start = static_cast<const char*>(weight) +
+                       (long long)(row + lane / Ahead::kLanes) * Z::kRowBytes + at * Z::kChunk +
+                       lane % Ahead::kLanes * 16;
+  ahead.scale_start = reinterpret_cast<const char*>(scale) + (long long)row * Z::kScaleRow +
+                      at * Z::kScaleBytes + lane % Ahead::kScaleLanes * Z::kScalePiece;
+  ahead.weight = ahead.weight_start, ahead.scale = ahead.scale_start;
+  ahead.left = ahead.all_left = count - team * kTake;
+
+  const int of_phase = mine * Z::kSteps, items = of_phase * Z::kPhases;
+#pragma unroll
+  for (int d = 0; d < Z::kDepth - 1; ++d) {
+    if (d < items) ahead.issue(rank, split);
+    asm volatile("cp.async.commit_group;");
+  }
+  WAIT_FOR_INPUTS
+  int slot = 0;
+  for (int phase = 0; phase < Z::kPhases; ++phase) {
+    if (phase) __syncthreads();
+    stage<Z>(x, staged, phase, rank);
+    __syncthreads();
+    float sums[Z::kTiles][Z::kTokens8][4] = {};
+    int step = 0, take = team;
+    for (int i = 0; i < of_phase; ++i) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(Z::kDepth - 2) : "memory");
+      __syncwarp();
+      if (phase * of_phase + i + Z::kDepth - 1 < items) ahead.issue(rank, split);
+      asm volatile("cp.async.commit_group;");
+      const char* source = ring + slot * Z::kSlot;
+      if (++slot == Z::kDepth) slot = 0;
+      consume<Z>(sums, address(source), source + Z::kRows * Z::kPitch,
+                 staged + (step * Z::kSplit + split) * Z::kBlocks32 * Z::kBatch * 64 +
+                     lane % 4 * 16);
+      if (++step < Z::kSteps) continue;
+#pragma unroll
+      for (int r = 0; r < Z::kTiles; ++r)
+#pragma unroll
+        for (int n = 0; n < Z::kTokens8; ++n)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const int local = take * Z::kRows + r * 16 + lane / 4 + 8 * (j / 2);
+            const int token = n * 8 + lane % 4 * 2 + j % 2;
+            if (token < Z::kBatch) {
+              float* p = partial + (split * height + local) * Z::kBatch + token;
+              *p = phase ? *p + sums[r][n][j] : sums[r][n][j];
+            }
+            sums[r][n][j] = 0.f;
+          }
+      step = 0, take += Z::kTeams;
+    }
+  }
+  if (Z::kCluster > 1) cluster_sync();
+  else __syncthreads();
+  // The warps' sums in a fixed order; the blocks of a cluster write a part of the outputs each.
+  const int total = count * Z::kBatch;
+  for (int i = total * rank / Z::kCluster + tid; i < total * (rank + 1) / Z::kCluster;
+       i += Z::kThreads) {
+    const int output = i / Z::kBatch, token = i % Z::kBatch;
+    const int local = Z::kGated ? output / 8 * 16 + output % 8 : output;
+    float sum = 0.f, value = 0.f;
+#pragma unroll
+    for (int c = 0; c < Z::kCluster; ++c)
+#pragma unroll
+      for (int s = 0; s < Z::kSplit; ++s) {
+        const float* p = partial + (s * height + local) * Z::kBatch + token;
+        sum += Z::kCluster > 1 ? cluster_load(p, c) : *p;
+        if (Z::kGated)
+          value += Z::kCluster > 1 ? cluster_load(p + 8 * Z::kBatch, c) : p[8 * Z::kBatch];
+      }
+    if (Z::kGated) {
+      // silu(gate) * value of the sums rounded as if written.
+      const float gate = (float)rounded<Out>(sum);
+      sum = gate / (1.f + expf(-gate)) * (float)rounded<Out>(value);
+    }
+    out[(long long)token * Z::kOutputs + first + output] = rounded<Out>(sum);
+  }
+  if (Z::kCluster > 1) cluster_sync();  // its blocks still read this one's memory
+}
+
+}  // namespace shardwright_gemv
+#endif

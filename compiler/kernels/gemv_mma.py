@@ -1,0 +1,249 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-redef"
+# (TVMScript is parsed, never run, so it has no Python types.)
+"""Products of few tokens with a large weight on the tensor cores of CUDA GPUs.
+
+Bound by reading the weight, so everything serves that stream. The rows are divided evenly among
+the multiprocessors. A warp takes tiles of 16 rows and, of these, every `split`-th chunk of `chunk`
+bytes a row. It copies them ahead of their use to a ring in shared memory that no other warp
+touches, the first of them before the kernel waits for its inputs. The weight is the first operand
+of `mma.m16n8k16`, 16 rows by 16 elements, the tokens are the second, so that 8 tokens cost hardly
+more than one. Elements are summed in whichever order suits the weight as it is stored; x lies in
+shared memory in the same order. The sums of the warps that share rows meet in shared memory and
+are added in a fixed order. In a cluster of blocks each takes a part of the inner dimension, and so
+of x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from .common import SCHEDULED, WAIT_FOR_INPUTS, launch_dependents
+
+MAX_BATCH = 16
+"""Most tokens of a product."""
+PROCESSORS = 132  # multiprocessors of an H100 or H200, among which the rows are divided
+TILE = 16  # rows
+SHARED_BYTES = 99 * 1024  # that a block may have on any GPU from sm_80 on
+SHARED_BYTES_CLUSTERS = 227 * 1024  # on those with clusters of blocks
+FEW_PHASES, MAX_PHASES = 4, 16  # of x: what is sought, and what is still worth while
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product is divided.
+
+    A warp copies `tiles` x 16 rows x `chunk` bytes at once, with `depth` such copies under way or
+    in use; `split` warps share rows, `teams` times as many make a block; a cluster of `cluster`
+    blocks shares rows; x passes through shared memory in `phases` parts.
+    """
+
+    chunk: int
+    tiles: int
+    depth: int
+    split: int
+    teams: int
+    cluster: int = 1
+    phases: int = 1
+
+
+@dataclass(frozen=True)
+class Product:
+    """The sizes of a product; `group` is 0 for an fp16 weight."""
+
+    batch: int
+    out_features: int
+    in_features: int
+    group: int = 0
+    gated: bool = False
+
+    @property
+    def outputs(self) -> int:
+        """Columns of the result."""
+        return self.out_features // 2 if self.gated else self.out_features
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of the weight, without its scales."""
+        return self.in_features // 2 if self.group else self.in_features * 2
+
+    def fits(self, chunk: int = 128) -> bool:
+        """Whether rows divide into pieces of 16 bytes, and their scales into pieces of 4."""
+        if self.row_bytes % 16:
+            return False
+        return not self.group or (
+            self.group % 32 == 0
+            and chunk * 2 // self.group * 2 % 4 == 0
+            and self.in_features // self.group * 2 % 4 == 0
+        )
+
+    def parts(self, p: Plan) -> int:
+        """Blocks, or clusters of them, that the outputs are divided among."""
+        return min(PROCESSORS // p.cluster, _ceil(self.outputs, 8))
+
+    def shared(self, p: Plan) -> int:
+        """Bytes of shared memory of a block, as `product` of gemv_mma.cuh lays it out."""
+        elements = p.chunk * 2 if self.group else p.chunk // 2
+        scale_bytes = elements // self.group * 2 if self.group else 0
+        pitch = p.chunk + 16 + scale_bytes + (16 if scale_bytes == 32 else 0)
+        ring = p.split * p.teams * p.depth * p.tiles * TILE * pitch
+        chunks = _ceil(self.in_features, elements)
+        steps = _ceil(chunks, p.split * p.phases * p.cluster)
+        rows = p.tiles * TILE
+        take = rows // 2 if self.gated else rows
+        height = _ceil(_ceil(self.outputs, self.parts(p)), take) * rows
+        return ring + (steps * elements * 2 + height * 4) * p.split * self.batch
+
+    def tiles(self, p: Plan) -> int:
+        """Tiles of a block."""
+        return _ceil(self.out_features, self.parts(p) * TILE)
+
+    def idle_steps(self, p: Plan) -> bool:
+        """Whether some of the warps that share rows would run out of chunks well before others."""
+        chunks, shares = _ceil(self.row_bytes, p.chunk), p.split * p.cluster
+        return _ceil(chunks, shares) * shares * 8 > chunks * 9
+
+    def in_phases(self, p: Plan, limit: int) -> Plan | None:
+        """`p` with the fewest phases that fit into `limit` bytes of shared memory, if any do."""
+        for phases in range(1, _ceil(self.row_bytes, p.chunk) + 1):
+            q = replace(p, phases=phases)
+            if self.shared(q) <= limit:
+                return q
+        return None
+
+
+def plan(product: Product, *, clusters: bool) -> Plan | None:
+    """The plan for a product, None if there is none.
+
+    With `clusters` the GPU has clusters of blocks and 227 KB of shared memory for a block.
+    The choices are from measurements on an H200 (`scripts/gpu_kernel_checks.py --tune`).
+    """
+    limit = SHARED_BYTES_CLUSTERS if clusters else SHARED_BYTES
+    first = _preferred(product, clusters)
+    if product.batch > MAX_BATCH or not product.fits(first.chunk):
+        return None
+    p = first
+    # Warps that share rows run out of them together, unless then many would have no rows at all.
+    while p.split > 1 and product.idle_steps(p) and p.teams < 2 * product.tiles(p):
+        p = _wider(p)
+    found = None
+    while True:
+        q = product.in_phases(p, limit)
+        if q is not None and (found is None or q.phases < found.phases):
+            found = q
+        if p.split == 1 or (found is not None and found.phases <= FEW_PHASES):
+            break
+        p = _wider(p)
+    return found if found is not None and found.phases <= MAX_PHASES else None
+
+
+def _wider(p: Plan) -> Plan:
+    """Half as many warps share rows."""
+    return replace(p, split=p.split // 2, teams=p.teams * 2)
+
+
+def _preferred(product: Product, clusters: bool) -> Plan:
+    batch, q4 = product.batch, product.group > 0
+    if not clusters:
+        return Plan(128, 1, 2, 4, 2)
+    x_bytes = batch * product.in_features * 2
+    cluster = 2 if batch > 1 and x_bytes > (64 if q4 else 32) * 1024 else 1
+    rows = product.out_features // (PROCESSORS // cluster)
+    if not q4:
+        return {1: Plan(128, 1, 4, 16, 1), 2: Plan(128, 1, 3, 8, 2, cluster)}.get(
+            batch, Plan(128, 1, 3 if batch <= 8 else 2, 4, 4, cluster)
+        )
+    if batch == 1:
+        if product.row_bytes % 512:
+            return Plan(128, 1, 3, 4, 4)
+        return Plan(256, 1, 2, 2, 8) if rows > 128 and x_bytes <= 8192 else Plan(256, 1, 2, 4, 4)
+    few = rows < (7 if batch <= 8 else 3) * TILE
+    return Plan(128, 1, 2, 4, 4, cluster) if few else Plan(128, 1, 2, 2, 8, cluster)
+
+
+def gemv_mma(
+    *,
+    batch: int,
+    out_features: int,
+    in_features: int,
+    out_dtype: str,
+    tuned: Plan,
+    group: int = 0,
+    gated: bool = False,
+) -> tirx.PrimFunc:
+    """`(x [b,K] f16, w [N,K] f16) -> x @ w.T [b,N]`, or with a four-bit weight for `group` > 0.
+
+    That is `(x, packed [N,K/8] u32, scale [N,K/group] f16)`. Sums are float32; of a four-bit weight
+    elements are multiplied as small integers and the sums of 32 scaled. With `gated` the result is
+    `silu(y[:, :N/2]) * y[:, N/2:]`, [b,N/2], of the product y rounded to `out_dtype`. `tuned` is
+    from `plan`. Two calls give the same bits.
+    """
+    product = Product(batch, out_features, in_features, group, gated)
+    p, outputs = tuned, product.outputs
+    sizes = (
+        f"{batch}, {outputs}, {in_features}, {group}, {str(gated).lower()}, {p.chunk}, {p.tiles}, "
+        f"{p.depth}, {p.split}, {p.teams}, {p.phases}, {p.cluster}"
+    )
+    name = f"shardwright_gemv_{sizes.replace(', ', '_')}_{out_dtype}"
+    out_type = {"float16": "half", "float32": "float"}[out_dtype]
+    text = Path(__file__).with_suffix(".cuh").read_text()
+    source = text.replace("\n  WAIT_FOR_INPUTS\n", WAIT_FOR_INPUTS) + (
+        f"__device__ __forceinline__ void {name}(const half* x, const void* weight, "
+        f"const half* scale, {out_type}* out, void* shared) {{\n"
+        f"  shardwright_gemv::product<shardwright_gemv::Sizes<{sizes}>>("
+        "x, weight, scale, out, static_cast<char*>(shared));\n}\n"
+    )
+    blocks, threads = product.parts(p) * p.cluster, p.split * p.teams * 32
+    shared_bytes = product.shared(p)
+
+    @T.inline
+    def multiply(x, weight, scale, out):
+        launch_dependents("cuda")
+        shared = T.alloc_buffer((shared_bytes,), "uint8", scope="shared.dyn")
+        T.evaluate(
+            T.cuda.func_call(
+                name, x.data, weight.data, scale.data, out.data, shared.data, source_code=source
+            )
+        )
+
+    if not group:
+
+        @T.prim_func(s_tir=True)
+        def gemv_mma(x_h: T.handle, w_h: T.handle, out_h: T.handle):
+            T.func_attr(SCHEDULED)
+            x = T.match_buffer(x_h, (batch, in_features), "float16")
+            w = T.match_buffer(w_h, (out_features, in_features), "float16")
+            out = T.match_buffer(out_h, (batch, outputs), out_dtype)
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                for _block in T.thread_binding(blocks, thread="blockIdx.x"):
+                    for _cluster in T.thread_binding(p.cluster, thread="clusterCtaIdx.x"):
+                        for _tid in T.thread_binding(threads, thread="threadIdx.x"):
+                            multiply(x, w, w, out)
+
+        return gemv_mma
+
+    @T.prim_func(s_tir=True)
+    def q4_gemv_mma(x_h: T.handle, packed_h: T.handle, scale_h: T.handle, out_h: T.handle):
+        T.func_attr(SCHEDULED)
+        x = T.match_buffer(x_h, (batch, in_features), "float16")
+        packed = T.match_buffer(packed_h, (out_features, in_features // 8), "uint32")
+        scale = T.match_buffer(scale_h, (out_features, in_features // group), "float16")
+        out = T.match_buffer(out_h, (batch, outputs), out_dtype)
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for _block in T.thread_binding(blocks, thread="blockIdx.x"):
+                for _cluster in T.thread_binding(p.cluster, thread="clusterCtaIdx.x"):
+                    for _tid in T.thread_binding(threads, thread="threadIdx.x"):
+                        multiply(x, packed, scale, out)
+
+    return q4_gemv_mma
