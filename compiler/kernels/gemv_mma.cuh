@@ -5,6 +5,7 @@
 
 namespace shardwright_gemv {
 
+#ifndef SHARDWRIGHT_EMULATED  // tests on a CPU bring their own of these
 __device__ __forceinline__ unsigned address(const void* p) {
   return (unsigned)__cvta_generic_to_shared(p);
 }
@@ -20,20 +21,22 @@ __device__ __forceinline__ void copy(unsigned to, const void* from, bool valid) 
                  :: "r"(to), "l"(from), "n"(kBytes), "r"(valid ? kBytes : 0));
 }
 
+// Those issued since the last call are a group.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+
+// Until all but the last `kLeft` groups of this warp have arrived.
+template <int kLeft>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+  __syncwarp();
+}
+
 // The rows of four 8 x 8 matrices, 16 bytes each; a lane names one of them.
 __device__ __forceinline__ uint4 load_matrices(unsigned row) {
   uint4 v;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(row));
   return v;
-}
-
-// `kCount` scales with one instruction.
-template <int kCount>
-__device__ __forceinline__ void read(half (&out)[kCount], const char* from) {
-  if (kCount == 4) *reinterpret_cast<uint2*>(out) = *reinterpret_cast<const uint2*>(from);
-  else if (kCount == 2) *reinterpret_cast<unsigned*>(out) = *reinterpret_cast<const unsigned*>(from);
-  else out[0] = *reinterpret_cast<const half*>(from);
 }
 
 // c [16 x 8] += w [16 x 16] * x [16 x 8]
@@ -45,6 +48,40 @@ __device__ __forceinline__ void multiply(float (&c)[4], unsigned w0, unsigned w1
       : "r"(w0), "r"(w1), "r"(w2), "r"(w3), "r"(x0), "r"(x1));
 }
 
+// word & mask | 0x64006400, which the compiler would make two instructions of.
+template <unsigned kMask>
+__device__ __forceinline__ unsigned masked(unsigned word) {
+  unsigned out;
+  asm("lop3.b32 %0, %1, %2, 0x64006400, 0xea;" : "=r"(out) : "r"(word), "n"(kMask));
+  return out;
+}
+
+// The float at `p` in shared memory of block `rank` of the cluster.
+__device__ __forceinline__ float cluster_load(const float* p, int rank) {
+  unsigned at = address(p);
+  float v = 0.f;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(at) : "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at));
+#endif
+  return v;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+#endif  // SHARDWRIGHT_EMULATED
+
+// `kCount` scales with one instruction.
+template <int kCount>
+__device__ __forceinline__ void read(half (&out)[kCount], const char* from) {
+  if (kCount == 4) *reinterpret_cast<uint2*>(out) = *reinterpret_cast<const uint2*>(from);
+  else if (kCount == 2) *reinterpret_cast<unsigned*>(out) = *reinterpret_cast<const unsigned*>(from);
+  else out[0] = *reinterpret_cast<const half*>(from);
+}
+
 // Eight elements less their scale as four pairs: 0 4, 1 5, 2 6, 3 7. 0x6400 is 1024 in half
 // precision, whose last bits count ones, and those above them sixteens.
 __device__ __forceinline__ void unpack(unsigned word, unsigned (&out)[4]) {
@@ -52,10 +89,10 @@ __device__ __forceinline__ void unpack(unsigned word, unsigned (&out)[4]) {
   const half2 high = __half2half2(__ushort_as_half(0xd470));       // -(1024 / 16 + 7)
   const half2 sixteenth = __half2half2(__ushort_as_half(0x2c00));  // 1 / 16
   const unsigned later = word >> 8;
-  asm("lop3.b32 %0, %1, 0x000f000f, 0x64006400, 0xea;" : "=r"(out[0]) : "r"(word));
-  asm("lop3.b32 %0, %1, 0x00f000f0, 0x64006400, 0xea;" : "=r"(out[1]) : "r"(word));
-  asm("lop3.b32 %0, %1, 0x000f000f, 0x64006400, 0xea;" : "=r"(out[2]) : "r"(later));
-  asm("lop3.b32 %0, %1, 0x00f000f0, 0x64006400, 0xea;" : "=r"(out[3]) : "r"(later));
+  out[0] = masked<0x000f000f>(word);
+  out[1] = masked<0x00f000f0>(word);
+  out[2] = masked<0x000f000f>(later);
+  out[3] = masked<0x00f000f0>(later);
   half2* pairs = reinterpret_cast<half2*>(out);
   pairs[0] = __hsub2(pairs[0], low);
   pairs[1] = __hfma2(pairs[1], sixteenth, high);
@@ -204,23 +241,6 @@ __device__ __forceinline__ void stage(const half* x, char* staged, int phase, in
   }
 }
 
-// The float at `p` in shared memory of block `rank` of the cluster.
-__device__ __forceinline__ float cluster_load(const float* p, int rank) {
-  unsigned at = address(p);
-  float v = 0.f;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(at) : "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at));
-#endif
-  return v;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}
-
 // One chunk of kTiles tiles: sums += w * x.
 template <class Z>
 __device__ __forceinline__ void consume(float (&sums)[Z::kTiles][Z::kTokens8][4], unsigned source,
@@ -318,7 +338,7 @@ __device__ __forceinline__ void product(const half* x, const void* weight, const
 #pragma unroll
   for (int d = 0; d < Z::kDepth - 1; ++d) {
     if (d < items) ahead.issue(rank, split);
-    asm volatile("cp.async.commit_group;");
+    commit_copies();
   }
   WAIT_FOR_INPUTS
   int slot = 0;
@@ -329,10 +349,10 @@ __device__ __forceinline__ void product(const half* x, const void* weight, const
     float sums[Z::kTiles][Z::kTokens8][4] = {};
     int step = 0, take = team;
     for (int i = 0; i < of_phase; ++i) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(Z::kDepth - 2) : "memory");
-      __syncwarp();
+      wait_for_copies<Z::kDepth - 2>();
+      // Into the place of the chunk before, which all lanes have read by now.
       if (phase * of_phase + i + Z::kDepth - 1 < items) ahead.issue(rank, split);
-      asm volatile("cp.async.commit_group;");
+      commit_copies();
       const char* source = ring + slot * Z::kSlot;
       if (++slot == Z::kDepth) slot = 0;
       consume<Z>(sums, address(source), source + Z::kRows * Z::kPitch,

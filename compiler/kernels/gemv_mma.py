@@ -168,6 +168,13 @@ def _preferred(product: Product, clusters: bool) -> Plan:
     return Plan(128, 1, 2, 4, 4, cluster) if few else Plan(128, 1, 2, 2, 8, cluster)
 
 
+def sizes(product: Product, p: Plan) -> str:
+    """The arguments of the template `Sizes` of gemv_mma.cuh."""
+    values = (product.batch, product.outputs, product.in_features, product.group, product.gated)
+    values += (p.chunk, p.tiles, p.depth, p.split, p.teams, p.phases, p.cluster)
+    return ", ".join(str(int(value)) for value in values)
+
+
 def gemv_mma(
     *,
     batch: int,
@@ -187,17 +194,14 @@ def gemv_mma(
     """
     product = Product(batch, out_features, in_features, group, gated)
     p, outputs = tuned, product.outputs
-    sizes = (
-        f"{batch}, {outputs}, {in_features}, {group}, {str(gated).lower()}, {p.chunk}, {p.tiles}, "
-        f"{p.depth}, {p.split}, {p.teams}, {p.phases}, {p.cluster}"
-    )
-    name = f"shardwright_gemv_{sizes.replace(', ', '_')}_{out_dtype}"
+    template = sizes(product, tuned)
+    name = f"shardwright_gemv_{template.replace(', ', '_')}_{out_dtype}"
     out_type = {"float16": "half", "float32": "float"}[out_dtype]
     text = Path(__file__).with_suffix(".cuh").read_text()
     source = text.replace("\n  WAIT_FOR_INPUTS\n", WAIT_FOR_INPUTS) + (
         f"__device__ __forceinline__ void {name}(const half* x, const void* weight, "
         f"const half* scale, {out_type}* out, void* shared) {{\n"
-        f"  shardwright_gemv::product<shardwright_gemv::Sizes<{sizes}>>("
+        f"  shardwright_gemv::product<shardwright_gemv::Sizes<{template}>>("
         "x, weight, scale, out, static_cast<char*>(shared));\n}\n"
     )
     blocks, threads = product.parts(p) * p.cluster, p.split * p.teams * 32
@@ -206,10 +210,16 @@ def gemv_mma(
     @T.inline
     def multiply(x, weight, scale, out):
         launch_dependents("cuda")
-        shared = T.alloc_buffer((shared_bytes,), "uint8", scope="shared.dyn")
+        gemv_shared = T.alloc_buffer((shared_bytes,), "uint8", scope="shared.dyn")
         T.evaluate(
             T.cuda.func_call(
-                name, x.data, weight.data, scale.data, out.data, shared.data, source_code=source
+                name,
+                x.data,
+                weight.data,
+                scale.data,
+                out.data,
+                gemv_shared.data,
+                source_code=source,
             )
         )
 

@@ -1,0 +1,128 @@
+// What gemv_mma.cuh needs of CUDA, on a CPU: a thread for each CUDA thread of a cluster, which meet
+// at barriers where those of a warp, a block or a cluster do.
+#pragma once
+#include <barrier>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+#define SHARDWRIGHT_EMULATED
+#define __device__
+#define __forceinline__ inline
+using std::min;
+
+typedef unsigned uint;
+typedef _Float16 half;
+struct half2 { half x, y; };
+struct uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline half __ushort_as_half(unsigned short v) { half h; memcpy(&h, &v, 2); return h; }
+inline half2 __half2half2(half v) { return {v, v}; }
+inline half2 __hsub2(half2 a, half2 b) { return {half(a.x - b.x), half(a.y - b.y)}; }
+inline half2 __hfma2(half2 a, half2 b, half2 c) {
+  return {half((float)a.x * (float)b.x + (float)c.x), half((float)a.y * (float)b.y + (float)c.y)};
+}
+inline float __half2float(half v) { return v; }
+inline half __float2half(float v) { return v; }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const unsigned long long both = (unsigned long long)y << 32 | x;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) out |= (both >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return out;
+}
+
+struct Index { int x; };
+thread_local Index threadIdx, blockIdx, gridDim;
+
+struct Warp {
+  std::barrier<> meet{32};
+  const char* rows[32];
+  unsigned w[32][4], x[32][2];
+};
+struct Block {
+  explicit Block(int threads, size_t bytes) : meet(threads), shared(bytes), warps(threads / 32) {}
+  std::barrier<> meet;
+  std::vector<uint4> shared;  // for its alignment, more than needed
+  std::vector<Warp> warps;
+};
+struct Cluster { std::vector<std::unique_ptr<Block>> blocks; std::unique_ptr<std::barrier<>> meet; };
+thread_local Cluster* cluster;
+thread_local Block* block;
+inline Warp& warp() { return block->warps[threadIdx.x / 32]; }
+inline char* base() { return reinterpret_cast<char*>(block->shared.data()); }
+inline void __syncthreads() { block->meet.arrive_and_wait(); }
+inline void __syncwarp() { warp().meet.arrive_and_wait(); }
+
+namespace shardwright_gemv {
+struct Copy { char* to; const void* from; int bytes; bool valid; };
+// A copy arrives when it is waited for, and no sooner.
+thread_local std::vector<std::vector<Copy>> groups(1);
+inline unsigned address(const void* p) { return static_cast<const char*>(p) - base(); }
+template <int kBytes>
+void copy(unsigned to, const void* from, bool valid) {
+  groups.back().push_back({base() + to, from, kBytes, valid});
+}
+inline void commit_copies() { groups.emplace_back(); }
+template <int kLeft>
+void wait_for_copies() {
+  while (groups.size() > kLeft + 1) {
+    for (const Copy& c : groups.front())
+      c.valid ? (void)memcpy(c.to, c.from, c.bytes) : (void)memset(c.to, 0, c.bytes);
+    groups.erase(groups.begin());
+  }
+  __syncwarp();
+}
+inline uint4 load_matrices(unsigned row) {
+  const int lane = threadIdx.x % 32;
+  warp().rows[lane] = base() + row;
+  __syncwarp();
+  unsigned out[4];
+  for (int i = 0; i < 4; ++i) memcpy(&out[i], warp().rows[i * 8 + lane / 4] + lane % 4 * 4, 4);
+  __syncwarp();
+  return {out[0], out[1], out[2], out[3]};
+}
+inline float half_of(unsigned pair, int i) { half h[2]; memcpy(h, &pair, 4); return h[i]; }
+inline void multiply(float (&c)[4], unsigned w0, unsigned w1, unsigned w2, unsigned w3, unsigned x0,
+                     unsigned x1) {
+  const int lane = threadIdx.x % 32;
+  const unsigned w[4] = {w0, w1, w2, w3}, x[2] = {x0, x1};
+  memcpy(warp().w[lane], w, 16), memcpy(warp().x[lane], x, 8);
+  __syncwarp();
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, token = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const unsigned pw = warp().w[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+      c[i] += half_of(pw, k % 2) * half_of(warp().x[token * 4 + k % 8 / 2][k / 8], k % 2);
+    }
+  }
+  __syncwarp();
+}
+template <unsigned kMask>
+unsigned masked(unsigned word) { return (word & kMask) | 0x64006400; }
+inline float cluster_load(const float* p, int rank) {
+  char* other = reinterpret_cast<char*>(cluster->blocks[rank]->shared.data());
+  return *reinterpret_cast<const float*>(other + address(p));
+}
+inline void cluster_sync() { cluster->meet->arrive_and_wait(); }
+}  // namespace shardwright_gemv
+
+// Runs `body(shared memory)` in every thread of a grid of clusters, one cluster after another.
+template <class Body>
+void run_grid(int blocks, int of_cluster, int threads, size_t bytes, Body body) {
+  for (int first = 0; first < blocks; first += of_cluster) {
+    Cluster c;
+    for (int b = 0; b < of_cluster; ++b)
+      c.blocks.push_back(std::make_unique<Block>(threads, bytes / 16 + 1));
+    c.meet = std::make_unique<std::barrier<>>(of_cluster * threads);
+    std::vector<std::thread> all;
+    for (int i = 0; i < of_cluster * threads; ++i)
+      all.emplace_back([&, i] {
+        cluster = &c, block = c.blocks[i / threads].get();
+        threadIdx = {i % threads}, blockIdx = {first + i / threads}, gridDim = {blocks};
+        body(base());
+      });
+    for (auto& t : all) t.join();
+  }
+}
