@@ -170,8 +170,8 @@ def _preferred(product: Product, clusters: bool) -> Plan:
 
 def sizes(product: Product, p: Plan) -> str:
     """The arguments of the template `Sizes` of gemv_mma.cuh."""
-    values = (product.batch, product.outputs, product.in_features, product.group, product.gated)
-    values += (p.chunk, p.tiles, p.depth, p.split, p.teams, p.phases, p.cluster)
+    values = [product.batch, product.outputs, product.in_features, product.group, product.gated]
+    values += [p.chunk, p.tiles, p.depth, p.split, p.teams, p.phases, p.cluster]
     return ", ".join(str(int(value)) for value in values)
 
 
