@@ -55,6 +55,11 @@ inline char* base() { return reinterpret_cast<char*>(block->shared.data()); }
 inline void __syncthreads() { block->meet.arrive_and_wait(); }
 inline void __syncwarp() { warp().meet.arrive_and_wait(); }
 
+namespace shardwright {
+inline void wait_for_inputs() {}
+inline void cluster_meet() { cluster->meet->arrive_and_wait(); }
+}  // namespace shardwright
+
 namespace shardwright_gemv {
 struct Copy { char* to; const void* from; int bytes; bool valid; };
 // A copy arrives when it is waited for, and no sooner.
@@ -105,7 +110,6 @@ inline float cluster_load(const float* p, int rank) {
   char* other = reinterpret_cast<char*>(cluster->blocks[rank]->shared.data());
   return *reinterpret_cast<const float*>(other + address(p));
 }
-inline void cluster_sync() { cluster->meet->arrive_and_wait(); }
 }  // namespace shardwright_gemv
 
 // Runs `body(shared memory)` in every thread of a grid of clusters, one cluster after another.

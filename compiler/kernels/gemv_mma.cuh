@@ -1,5 +1,5 @@
 // Products of few tokens with a large weight on tensor cores; gemv_mma.py explains and calls them.
-// Guarded, because several kernels of a module include it.
+// Guarded, because several kernels of a module include it; launch.cuh comes before.
 #ifndef SHARDWRIGHT_GEMV_MMA
 #define SHARDWRIGHT_GEMV_MMA
 
@@ -58,19 +58,11 @@ __device__ __forceinline__ unsigned masked(unsigned word) {
 
 // The float at `p` in shared memory of block `rank` of the cluster.
 __device__ __forceinline__ float cluster_load(const float* p, int rank) {
-  unsigned at = address(p);
   float v = 0.f;
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(at) : "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(shardwright::in_block(p, rank)));
 #endif
   return v;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-#endif
 }
 #endif  // SHARDWRIGHT_EMULATED
 
@@ -340,7 +332,7 @@ __device__ __forceinline__ void product(const half* x, const void* weight, const
     if (d < items) ahead.issue(rank, split);
     commit_copies();
   }
-  WAIT_FOR_INPUTS
+  shardwright::wait_for_inputs();
   int slot = 0;
   for (int phase = 0; phase < Z::kPhases; ++phase) {
     if (phase) __syncthreads();
@@ -376,7 +368,7 @@ __device__ __forceinline__ void product(const half* x, const void* weight, const
       step = 0, take += Z::kTeams;
     }
   }
-  if (Z::kCluster > 1) cluster_sync();
+  if (Z::kCluster > 1) shardwright::cluster_meet();
   else __syncthreads();
   // The warps' sums in a fixed order; the blocks of a cluster write a part of the outputs each.
   const int total = count * Z::kBatch;
@@ -401,7 +393,7 @@ __device__ __forceinline__ void product(const half* x, const void* weight, const
     }
     out[(long long)token * Z::kOutputs + first + output] = rounded<Out>(sum);
   }
-  if (Z::kCluster > 1) cluster_sync();  // its blocks still read this one's memory
+  if (Z::kCluster > 1) shardwright::cluster_meet();  // its blocks still read this one's memory
 }
 
 }  // namespace shardwright_gemv

@@ -16,12 +16,11 @@ of x.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, WAIT_FOR_INPUTS, launch_dependents
+from .common import SCHEDULED, cuda_source, launch_dependents
 
 MAX_BATCH = 16
 """Most tokens of a product."""
@@ -197,8 +196,7 @@ def gemv_mma(
     template = sizes(product, tuned)
     name = f"shardwright_gemv_{template.replace(', ', '_')}_{out_dtype}"
     out_type = {"float16": "half", "float32": "float"}[out_dtype]
-    text = Path(__file__).with_suffix(".cuh").read_text()
-    source = text.replace("\n  WAIT_FOR_INPUTS\n", WAIT_FOR_INPUTS) + (
+    source = cuda_source("gemv_mma.cuh") + (
         f"__device__ __forceinline__ void {name}(const half* x, const void* weight, "
         f"const half* scale, {out_type}* out, void* shared) {{\n"
         f"  shardwright_gemv::product<shardwright_gemv::Sizes<{template}>>("
@@ -211,17 +209,19 @@ def gemv_mma(
     def multiply(x, weight, scale, out):
         launch_dependents("cuda")
         gemv_shared = T.alloc_buffer((shared_bytes,), "uint8", scope="shared.dyn")
-        T.evaluate(
-            T.cuda.func_call(
-                name,
-                x.data,
-                weight.data,
-                scale.data,
-                out.data,
-                gemv_shared.data,
-                source_code=source,
+        # Without this, nvcc keeps half of the registers free for a second block.
+        with T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 1):
+            T.evaluate(
+                T.cuda.func_call(
+                    name,
+                    x.data,
+                    weight.data,
+                    scale.data,
+                    out.data,
+                    gemv_shared.data,
+                    source_code=source,
+                )
             )
-        )
 
     if not group:
 
