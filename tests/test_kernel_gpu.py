@@ -174,8 +174,9 @@ def test_tensor_core_plans_cover_the_product_and_fit(clusters, group):
             product = gemv_mma.Product(batch, out_features, in_features, group, gated)
             p = gemv_mma.plan(product, clusters=clusters)
             if p is None:
-                # Only where much x meets little shared memory.
-                assert not clusters and batch * in_features > 2**17
+                # Much x meets little shared memory, or one token is faster without.
+                much = not clusters and batch * in_features > 2**17
+                assert much or (batch == 1 and (group == 0 or out_features >= 10240))
                 continue
             assert product.shared(p) <= limit
             assert p.split * p.teams * 32 <= 512 and p.depth >= 2

@@ -119,11 +119,13 @@ class Product:
 
 
 def plan(product: Product, *, clusters: bool) -> Plan | None:
-    """The plan for a product, None if there is none.
+    """The plan for a product, None if there is none or `gemv.py` is faster.
 
     With `clusters` the GPU has clusters of blocks and 227 KB of shared memory for a block.
     The choices are from measurements on an H200 (`scripts/gpu_kernel_checks.py --tune`).
     """
+    if product.batch == 1 and _faster_without_tensor_cores(product):
+        return None
     limit = SHARED_BYTES_CLUSTERS if clusters else SHARED_BYTES
     first = _preferred(product, clusters)
     if product.batch > MAX_BATCH or not product.fits(first.chunk):
@@ -141,6 +143,11 @@ def plan(product: Product, *, clusters: bool) -> Plan | None:
             break
         p = _wider(p)
     return found if found is not None and found.phases <= MAX_PHASES else None
+
+
+def _faster_without_tensor_cores(product: Product) -> bool:
+    """Whether one token is, as measured in graphs of whole decode steps on an H200."""
+    return not product.group or (product.out_features >= 10240 and product.in_features >= 8192)
 
 
 def _wider(p: Plan) -> Plan:
