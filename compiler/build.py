@@ -20,6 +20,7 @@ from shardwright.compiler.checkpoint import Checkpoint
 from shardwright.compiler.columns import Quantized
 from shardwright.compiler.explain import explain
 from shardwright.compiler.fuse import FUSIONS
+from shardwright.compiler.kernel_bytes import kernels_of
 from shardwright.compiler.lower import CUBLAS_PASS, MATMUL, NOTE, Q4_GEMM_PASS, lower_abstract
 from shardwright.compiler.partition import Partitioned, partition
 from shardwright.compiler.peer import PEER_PASS, PeerState, peer_state
@@ -439,9 +440,17 @@ def _lower(
     passes = pipeline.legalize(target) + pipeline.schedule(target, disabled)
     mod = tvm.transform.Sequential(passes)(mod)
     pipeline.dump(mod, dump_ir, "4-scheduled")
+    weights = frozenset(n for w in program.weights.values() for n, _, _ in w.tensors())
+    kernels = {
+        gv.name_hint: kernels_of(func, weights)
+        for gv, func in mod.functions_items()
+        if isinstance(func, relax.Function) and gv.name_hint.startswith("decode_")
+    }
     mod = tvm.transform.Sequential(pipeline.to_vm(workspace)[:7])(mod)
     functions = {
-        gv.name_hint: artifact.Function(tuple(map(_argument, func.params)))
+        gv.name_hint: artifact.Function(
+            tuple(map(_argument, func.params)), kernels.get(gv.name_hint, {})
+        )
         for gv, func in mod.functions_items()
         if isinstance(func, relax.Function)
     }

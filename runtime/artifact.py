@@ -14,7 +14,7 @@ import os
 import tempfile
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -112,10 +112,23 @@ class WeightSpec:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """A kernel of a decode function: calls and bytes of weights in a step; whether it reads pages.
+
+    One kernel here may be several launches on a GPU, whose names begin with its own.
+    """
+
+    calls: int
+    weight_bytes: int
+    cache: bool
+
+
+@dataclass(frozen=True)
 class Function:
-    """A function of `model.so`; `args` in call order."""
+    """A function of `model.so`; `args` in call order. `kernels` are told of decode functions."""
 
     args: tuple[TensorSpec, ...]
+    kernels: dict[str, Kernel] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -297,7 +310,9 @@ def _decode(kind: type[T], data: Any, where: str) -> T:
     for entry in fields(kind):  # type: ignore[arg-type]
         path = f"{where}.{entry.name}" if where else entry.name
         if entry.name not in data:
-            if entry.default is not MISSING:  # a field that earlier versions did not have
+            if (
+                entry.default is not MISSING or entry.default_factory is not MISSING
+            ):  # a field that earlier versions did not have
                 continue
             raise _MalformedError(f"field `{path}` is missing")
         values[entry.name] = _convert(hints[entry.name], data[entry.name], path)

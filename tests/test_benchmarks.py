@@ -11,6 +11,8 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from shardwright.runtime.artifact import Kernel
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -83,3 +85,35 @@ def test_drawing(tmp_path):
     text = (tmp_path / "a.svg").read_text()
     assert text.startswith("<?xml") and "</svg>" in text
     assert "bench_decode" not in sys.modules
+
+
+def test_a_profile_has_bytes_gaps_and_the_host():
+    profile = script("profile_decode")
+    kernels = {"gemv": Kernel(2, 8_480_000, False), "attention": Kernel(1, 0, True)}
+    events = []
+    for step in range(2):
+        at = 10.0 * step
+        for name, start, elapsed in (
+            ("gemv_kernel", 0, 2),
+            ("gemv_kernel_1", 1.5, 1.5),  # begins before the one in front has ended
+            ("attention_kernel", 4, 1),
+            ("ncclDevKernel_AllReduce(x)", 5, 1),
+            ("sample_kernel", 6, 2),
+        ):
+            events.append(profile.Event(name, at + start, elapsed))
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(profile.kernel_table(events, 2, kernels, 2_120_000, 4.24))
+    lines = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
+        for line in console.export_text().splitlines()
+        if len(cells := line.split("│")) > 3
+    }
+    assert lines["gemv"] == ["2", "1.75", "3.5", "38.9%", "8.5", "2.0", "57%", "-0.25"]
+    assert lines["attention"] == ["1", "1.00", "1.0", "11.1%", "2.1", "0.5", "50%", "1.00"]
+    assert lines["communication"][2] == "1.0" and lines["gaps"][2] == "2.0"
+    assert lines["whole"][2] == "9.0" and lines["whole"][6] == "28%"
+    calls = [profile.Event("cudaGraphLaunch", 0, 5), profile.Event("cudaMemcpyAsync", 6, 1)]
+    text = "\n".join(profile.host_lines(calls * 2, 2))
+    assert "cudaGraphLaunch 1.00 a step, 5.0 us" in text and "0.00 launches of single" in text
+    text = "\n".join(profile.host_lines([*calls, profile.Event("cuLaunchKernelEx", 7, 1)], 1))
+    assert "1.00 launches of single" in text
