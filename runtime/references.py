@@ -106,6 +106,21 @@ def attention(before: list[Any], after: list[Any], note: Note) -> Pairs:
     return [(after[7], _attend(before, note))]
 
 
+def decode_attention(before: list[Any], after: list[Any], note: Note) -> Pairs:
+    """`(..., k_pages, v_pages, page_table, rows, positions, layer) -> (out, sums, stats)`.
+
+    Before the pages is the query, or all that `rotary_append` takes where that is to be done first.
+    """
+    at = next(i for i, x in enumerate(before) if np.ndim(x) == 5)
+    where = before[at + 2 : at + 6]
+    if not note.get("append"):
+        return [(after[-3], _attend(before, note))]
+    joined = note | {"joined": note["append"] == "joined"}
+    (_, turned), *pages = rotary_append(before, after, joined)
+    query = turned.astype(before[0].dtype)
+    return [(after[-3], _attend([query, *after[at : at + 2], *where], note)), *pages]
+
+
 def _join(sums: Array, stats: Array) -> Array:
     highest, mass = _wide(stats[..., 0]), _wide(stats[..., 1])
     share = np.exp2(highest - highest.max(0))
@@ -255,6 +270,7 @@ REFERENCES: dict[str, Reference] = {
     "attention_cpu": attention,
     "attention_prefill": attention,
     "prefill_attention": attention,
+    "decode_attention": decode_attention,
     "attention_partial": attention_partial,
     "attention_combine": attention_combine,
     "store_logits": store_logits,

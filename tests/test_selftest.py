@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tvm
 
 from shardwright import cli
 from shardwright.compiler.build import BuildOptions, build
+from shardwright.compiler.kernels import attention, rotary
 from shardwright.runtime import references
 from shardwright.runtime.selftest import _compare
 
@@ -89,3 +91,51 @@ def test_comparison(got: np.ndarray, wanted: np.ndarray, passed: bool) -> None:
 )
 def test_references_are_found_by_name(kernel: str, reference: references.Reference) -> None:
     assert references.reference_of(kernel) is reference
+
+
+def run(func):
+    """A callable of a CPU kernel that writes numpy arrays in place."""
+    mod = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+    compiled = tvm.compile(mod, target="llvm")
+
+    def call(*args):
+        tensors = [tvm.runtime.tensor(a) if isinstance(a, np.ndarray) else a for a in args]
+        compiled["main"](*tensors)
+        for a, t in zip(args, tensors, strict=True):
+            if isinstance(a, np.ndarray):
+                a[...] = t.numpy()
+
+    return call
+
+
+@pytest.mark.parametrize("append", ["joined", "apart", ""])
+def test_the_reference_of_decode_attention_is_its_two_parts(append: str) -> None:
+    rng = np.random.default_rng(0)
+    n, heads, kv, dim, page = 2, 4, 2, 8, 4
+    sizes = dict(heads=heads, kv_heads=kv, head_dim=dim, layers=2, pages=5, page_size=page,
+                 batch=n, max_pages=2, dtype="float32", tokens=n)  # fmt: skip
+    qkv = rng.standard_normal((n, heads + 2 * kv, dim)).astype("float32")
+    angle = rng.standard_normal((n, dim // 2)) * 3
+    table = np.stack([np.cos(angle), np.sin(angle)], 1).astype("float32")
+    pages = [rng.standard_normal((2, 5, kv, page, dim)).astype("float32") for _ in range(2)]
+    where = [
+        np.array([[4, 1], [0, 3]], "int32"), np.array([1, 0], "int32"), np.array([5, 2], "int32"), 1
+    ]  # fmt: skip
+    joined = append != "apart"
+    apart = [x.copy() for x in np.split(qkv, [heads, heads + kv], 1)]
+    first = [qkv.reshape(n, -1), table] if joined else [*apart, table]
+    q, scale = np.zeros((n, heads, dim), "float32"), 0.3
+    turned, attended = [x.copy() for x in pages], np.zeros_like(q)
+    run(rotary.rotary_append(**sizes, target="cpu", joined=joined))(*first, *turned, *where, q)
+    run(attention.attention_cpu(**sizes, scale=scale))(q, *turned, *where, attended)
+
+    results = [attended, np.zeros(1), np.zeros(1)]
+    read = first if append else [q]
+    before = [*read, *(pages if append else turned), *where, *results]
+    after = [*read, *turned, *where, *results]
+    note = dict(heads=heads, kv_heads=kv, head_dim=dim, scale=scale, append=append, rotary=None)
+    pairs = references.decode_attention(before, after, note)
+    assert len(pairs) == (3 if append else 1) and _compare("x", pairs).passed
+    assert references.reference_of("decode_attention_kernel3") is references.decode_attention
+    attended[1, 2, 3] += 0.1
+    assert not _compare("x", references.decode_attention(before, after, note)).passed
