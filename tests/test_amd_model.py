@@ -53,13 +53,19 @@ def artefacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"demo": root / "demo", "gqa": root / "gqa"}
 
 
-def run(arch: str, devices: int, *command: str | Path) -> str:
+def run(arch: str, devices: int, *command: str | Path, **variables: str) -> str:
     """Output of a Python program that has emulated GPUs."""
-    variables = {**os.environ, **environment(arch, devices)}
-    arguments = [sys.executable, *map(str, command)]
-    done = subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=590)
+    done = attempt(arch, devices, *command, **variables)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
+
+
+def attempt(
+    arch: str, devices: int, *command: str | Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    everything = {**os.environ, **environment(arch, devices), **variables}
+    arguments = [sys.executable, *map(str, command)]
+    return subprocess.run(arguments, env=everything, capture_output=True, text=True, timeout=590)
 
 
 @pytest.mark.parametrize("name", ["demo", "gqa"])
@@ -73,9 +79,14 @@ def test_every_instruction_is_known(name: str, artefacts: dict[str, Path]) -> No
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", ["demo", "gqa"])
-def test_every_kernel_against_numpy(name: str, arch: str, artefacts: dict[str, Path]) -> None:
-    checked = json.loads(run(arch, 1, HERE / "amd" / "check_kernels.py", artefacts[name], arch))
+@pytest.mark.parametrize(("name", "order"), [("demo", ""), ("gqa", ""), ("gqa", "reversed")])
+def test_every_kernel_against_numpy(
+    name: str, order: str, arch: str, artefacts: dict[str, Path]
+) -> None:
+    """With the blocks of a kernel and the waves of a block in either order."""
+    variables = {"AMD_EMULATOR_REVERSED": "1"} if order else {}
+    command = (HERE / "amd" / "check_kernels.py", artefacts[name], arch)
+    checked = json.loads(run(arch, 1, *command, **variables))
     # Those of a prefill, of each batch bucket, and the sampler.
     assert checked["kernels"] > 30
     assert {"q4_gemv_kernel", "attention_prefill_kernel", "attention_combine_kernel"} <= set(
@@ -84,5 +95,14 @@ def test_every_kernel_against_numpy(name: str, arch: str, artefacts: dict[str, P
 
 
 def test_demo_on_two_ranks_gives_the_tokens_of_a_cpu(artefacts: dict[str, Path]) -> None:
-    output = run("gfx1100", 2, HERE / "demo.py", artefacts["demo"])
+    output = run("gfx1100", 2, HERE / "demo.py", artefacts["demo"], AMD_EMULATOR_THREADS="1")
     assert "demo: 32 of 32 replies are the CPU's" in output
+
+
+def test_a_fault_on_the_gpu_ends_all_ranks_with_one_error(artefacts: dict[str, Path]) -> None:
+    command = ("-m", "shardwright", "chat", artefacts["demo"], "--prompt", "1 plus 2?")
+    done = attempt("gfx1100", 2, *command, AMD_EMULATOR_STEPS="300")
+    assert done.returncode == 1 and done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("AMD emulator:")]
+    assert len(errors) == 1 and errors[0].startswith("Error: rank-")
+    assert "_gfx1100_kernel" in errors[0] and "the kernel does not end" in errors[0]

@@ -215,7 +215,11 @@ std::unique_ptr<Wave> start_wave(Group &g, int index) {
     w->index = index;
     w->width = k.width;
     w->pc = k.entry;
+    // What was never written shows: all ones are NaN, and no address.
     w->v.resize(g.arch.family == Family::gfx9 ? 512 : 256);
+    std::memset(w->v.data(), 0xff, w->v.size() * sizeof(Lanes));
+    std::memset(w->s, 0xff, sizeof w->s);
+    w->s[EXEC + 1] = 0;
     w->scratch_size = k.scratch;
     w->scratch.resize(size_t(k.scratch) * LANES);
     w->lanes_of(~0ull);
@@ -264,15 +268,22 @@ void run_wave(Wave &w) {
     }
 }
 
+// Groups, and the waves of a group between barriers, are independent: any order must do.
+bool reversed() {
+    static const bool yes = std::getenv("AMD_EMULATOR_REVERSED") != nullptr;
+    return yes;
+}
+
 void run_group(Group &g) {
     const u32 *block = g.launch.block;
     u32 width = u32(g.launch.kernel->width), total = block[0] * block[1] * block[2];
     for (u32 i = 0; i < (total + width - 1) / width; i++) g.waves.push_back(start_wave(g, int(i)));
     for (bool running = true; running;) {
         running = false;
-        for (auto &w : g.waves) {
-            run_wave(*w);
-            running |= !w->done;
+        for (size_t i = 0; i < g.waves.size(); i++) {
+            Wave &w = *g.waves[reversed() ? g.waves.size() - 1 - i : i];
+            run_wave(w);
+            running |= !w.done;
         }
         for (auto &w : g.waves) {  // all are at the barrier, or have ended
             if (w->at_barrier) w->epoch++;
@@ -305,7 +316,8 @@ void run(const Arch &arch, const Launch &launch) {
     std::mutex lock;
     std::string error;
     auto work = [&] {
-        for (u64 i; (i = next++) < groups;) {
+        for (u64 n; (n = next++) < groups;) {
+            u64 i = reversed() ? groups - 1 - n : n;
             Group g{launch, arch, {u32(i % launch.grid[0]), u32(i / launch.grid[0] % launch.grid[1]),
                                    u32(i / launch.grid[0] / launch.grid[1])}, {}, {}, {}};
             g.lds.resize(lds);
