@@ -1,9 +1,11 @@
-"""Show that a build's memory does not grow with the checkpoint.
+"""Show that a build's memory does not grow with the checkpoint, and what conversion costs.
 
 Generates a Llama checkpoint of random bfloat16 numbers, 10 GB unless told otherwise, in a temporary
 directory, runs `shardwright build` on it in a process of its own, and prints that process's peak
-resident memory and time. Exits with 1 if the peak is not below the limit. Needs free disk space of
-1.5 times the checkpoint.
+resident memory and time; then the same for `shardwright reshard` of the result. Conversion is what
+takes longer than without weights; beside it stands how long one thread takes that only reads the
+checkpoint and writes as many bytes as the shards have. Exits with 1 if a peak is not below the
+limit. Needs free disk space of twice the checkpoint.
 
     python scripts/check_build_memory.py [--gigabytes 10] [--num-shards 2] [--dir DIR]
 """
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -128,20 +129,62 @@ def main() -> int:
         start = time.monotonic()
         written = write_checkpoint(root / "model", int(options.gigabytes * 1e9))
         print(f"checkpoint: {written / 1e9:.2f} GB in {time.monotonic() - start:.0f} s", flush=True)
-        command = [
-            *(sys.executable, "-m", "shardwright", "build", "--model", root / "model"),
+        model, out = root / "model", root / "out"
+        options_of_build = [
             *("--quantization", options.quantization, "--num-shards", str(options.num_shards)),
-            *("--target", "cpu", "--max-seq-len", "2048", "-o", root / "out"),
+            *("--target", "cpu", "--max-seq-len", "2048"),
         ]
-        start = time.monotonic()
-        subprocess.run(command, check=True)
-        seconds = time.monotonic() - start
-        shards = sum(f.stat().st_size for f in (root / "out" / "shards").iterdir())
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024
-    print(f"shards: {shards / 1e9:.2f} GB for {options.num_shards} ranks")
-    print(f"build: {seconds:.0f} s, peak resident memory {peak / 1e9:.2f} GB")
-    return 0 if peak < options.limit * 1e9 else 1
+        build = ["build", "--model", model, *options_of_build, "-o"]
+        compiled, _ = run([*build, root / "empty", "--build-model-only"])
+        seconds, peak = run([*build, out])
+        shards = sum(f.stat().st_size for f in (out / "shards").iterdir())
+        print(f"shards: {shards / 1e9:.2f} GB for {options.num_shards} ranks")
+        plain = copy(sorted(model.iterdir()), root / "copy", shards)
+        report("build", seconds, compiled, plain, peak)
+        more = 2 * options.num_shards
+        seconds, peak_again = run(["reshard", out, "--num-shards", str(more), "-o", root / "more"])
+        plain = copy(sorted((out / "shards").iterdir()), root / "copy", shards)
+        report(f"reshard for {more} ranks", seconds, compiled, plain, peak_again)
+    return 0 if max(peak, peak_again) < options.limit * 1e9 else 1
+
+
+def report(what: str, seconds: float, compiled: float, plain: float, peak: int) -> None:
+    converted = max(seconds - compiled, 0)
+    print(
+        f"{what}: {seconds:.0f} s, of which conversion {converted:.1f} s; reading and writing "
+        f"alone {plain:.1f} s ({converted / plain:.1f} x); peak resident memory {peak / 1e9:.2f} GB",
+        flush=True,
+    )
+
+
+def run(arguments: list[str | Path]) -> tuple[float, int]:
+    """Run the command; seconds, and bytes of its peak resident memory."""
+    code = (
+        "import resource, sys; from shardwright.cli import run; code = run(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+    )
+    began = time.monotonic()
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    seconds = time.monotonic() - began
+    unit = 1 if sys.platform == "darwin" else 1024
+    return seconds, int(done.stdout.splitlines()[-1]) * unit
+
+
+def copy(sources: list[Path], target: Path, written: int) -> float:
+    """Seconds to read all of `sources`, and to write `written` bytes."""
+    block = bytearray(1 << 24)
+    began = time.monotonic()
+    for path in sources:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
+    with open(target, "wb", buffering=0) as file:
+        while written > 0:
+            written -= file.write(memoryview(block)[: min(len(block), written)])
+    seconds = time.monotonic() - began
+    target.unlink()
+    return seconds
 
 
 if __name__ == "__main__":
