@@ -168,7 +168,7 @@ def estimate(
         for weight in program.weights.values()
         for name, shape, dtype in weight.tensors()
     }
-    looked_up = _looked_up(program)
+    looked_up, chosen = _looked_up(program), _chosen_experts(program, config)
     workspace, peers = _workspace(family, config, scheme, ranks, target, limits)
     inputs = 4 * [4 * limits.prefill_chunk_size]
     state = [
@@ -180,7 +180,11 @@ def estimate(
         kind=kind,
         layers=config.num_hidden_layers,
         weights=on_device(tensors.values(), kind),
-        read=sum(size for name, size in tensors.items() if name not in looked_up),
+        read=sum(
+            int(size * chosen.get(name, 1))
+            for name, size in tensors.items()
+            if name not in looked_up
+        ),
         workspace=on_device([workspace], kind),
         state=tuple(state),
         fixed=sum(inputs) + peers + 4,
@@ -199,6 +203,17 @@ def _looked_up(program: Program) -> set[str]:
             found = looked_up if name == "relax.take" or name.endswith("embed") else read
             found |= {v.name for v in operands_of(binding.value) if isinstance(v, relax.Var)}
     return looked_up - read
+
+
+def _chosen_experts(program: Program, config: Any) -> dict[str, float]:
+    """The share of each expert weight that a step of one row reads."""
+    return {
+        v.name: config.num_experts_per_tok / config.num_experts
+        for binding in bindings_of(program.mod["decode_1"])
+        if isinstance(binding.value, relax.Call) and op_name(binding.value).endswith("experts")
+        for v in operands_of(binding.value)
+        if isinstance(v, relax.Var)
+    }
 
 
 class _LargestBatch(Limits):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import op
 
-from shardwright.model_defs.config import SLIDING, LlamaConfig, inv_freq, read_windows
+from shardwright.model_defs.config import LlamaConfig, inv_freq, read_windows
 from shardwright.model_defs.fields import Reader
 from shardwright.model_defs.layers import Cache, RMSNorm, Stored, as_type, rotary_table
 from shardwright.model_defs.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
@@ -57,6 +57,7 @@ class Gemma2Config(LlamaConfig):
         # `hidden_act` of the first checkpoints is not the one in use.
         activation = get.choice("hidden_activation", cls.activations, cls.activations[0])
         values = super().values(Reader({**get.values, "hidden_act": activation}, get.prefix))
+        get.integer("sliding_window")  # null would leave open which rope such layers have
         return (
             values
             | read_windows(get, cls.slides(get))
@@ -204,5 +205,5 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
         local = replace(c, rope_theta=c.local_rope_theta, rope_scaling=c.local_rope_scaling)
         slide = rotary_table(positions, lengths, *inv_freq(local))
         full = rotary_table(positions, lengths, *inv_freq(c))
-        types = c.layer_types or ("",) * c.num_hidden_layers
-        return [slide if kind == SLIDING else full for kind in types]
+        layers = range(c.num_hidden_layers)
+        return [full if c.window(layer) is None else slide for layer in layers]

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tvm
+from reference import families
 
 from shardwright import cli, planning
 from shardwright.compiler import plan
@@ -21,8 +23,8 @@ DEMO = Path(__file__).parent.parent / "demo/model"
 LLVM = tvm.target.Target("llvm")
 
 
-def estimate(ranks: int, scheme: str, limits: Limits) -> plan.Estimate:
-    config = json.loads((DEMO / "config.json").read_text())
+def estimate(ranks: int, scheme: str, limits: Limits, config=None) -> plan.Estimate:
+    config = config or json.loads((DEMO / "config.json").read_text())
     _, family = family_of(config)
     return plan.estimate(
         family, family.config.from_hf(config), quantization(scheme), ranks, LLVM, limits
@@ -40,6 +42,23 @@ def test_a_plan_is_what_a_build_takes(tmp_path, ranks, scheme):
     # What the plan takes a step to read is what the kernels of a step were built to read.
     kernels = manifest.functions["decode_1"].kernels.values()
     assert found.read == sum(kernel.weight_bytes for kernel in kernels)
+
+
+def family_config(name: str) -> dict[str, Any]:
+    return next(case.config for case in families.cases() if case.name == name)
+
+
+def test_a_step_reads_the_chosen_experts_only():
+    limits, config = Limits(32, 1, 16, 16), family_config("mixtral")
+    two = estimate(2, "q0f32", limits, config)
+    five = estimate(2, "q0f32", limits, config | {"num_experts_per_tok": 5})
+    # Rank 0 has 64 of the 104 rows of five experts, in 2 layers of 3 matrices.
+    assert two.weights == five.weights
+    assert five.read - two.read == 2 * 3 * (5 - 2) * 64 * 64 * 4
+
+
+def test_a_model_with_kinds_of_layers_is_planned_with_few_of_them():
+    assert estimate(2, "q0f32", Limits(32, 1, 16, 16), family_config("gemma3")).workspace > 0
 
 
 def small(**changes) -> plan.Estimate:
