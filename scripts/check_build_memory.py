@@ -152,7 +152,8 @@ def report(what: str, seconds: float, compiled: float, plain: float, peak: int) 
     converted = max(seconds - compiled, 0)
     print(
         f"{what}: {seconds:.0f} s, of which conversion {converted:.1f} s; reading and writing "
-        f"alone {plain:.1f} s ({converted / plain:.1f} x); peak resident memory {peak / 1e9:.2f} GB",
+        f"alone {plain:.1f} s ({converted / plain:.1f} x); "
+        f"peak resident memory {peak / 1e9:.2f} GB",
         flush=True,
     )
 
