@@ -2,11 +2,19 @@
 
 import pytest
 import tvm
+from tvm import relax
 from tvm.script import tirx as T
 from tvm.target import Target
 
 from shardwright.compiler import cuda, pipeline
+from shardwright.compiler.build import BuildOptions, limits_of, partition_program
 from shardwright.compiler.kernels.common import SCHEDULED, launch_dependents, wait_for_inputs
+from shardwright.compiler.lower import lower_abstract
+from shardwright.compiler.propagate import bindings_of
+from shardwright.compiler.quantization import quantization
+from shardwright.compiler.rules import op_name
+from shardwright.compiler.script_speed import without_source_context
+from shardwright.model_defs import family_of
 
 WAITS = """
 extern "C" __global__ void __launch_bounds__(32) a_kernel(half* __restrict__ x, int n);
@@ -65,3 +73,31 @@ def test_reads_keep_their_place_in_kernels_that_wait():
 def test_a_module_without_such_kernels_is_left_alone():
     assert cuda.in_order(HEAD + OTHER) == HEAD + OTHER
     assert cuda.in_order("") == ""
+
+
+@pytest.mark.parametrize("scheme", ["q0f16", "q4f16_1"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_first_kernel_of_a_step_is_launched_in_the_ordinary_way(scheme, ranks, tmp_path):
+    # Attention relies on it: it reads tables and the cache ahead of the kernels before it.
+    config = dict(
+        architectures=["LlamaForCausalLM"], hidden_size=64, intermediate_size=96, vocab_size=100,
+        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
+        max_position_embeddings=64, rope_theta=1e4, hidden_act="silu", tie_word_embeddings=False,
+    )  # fmt: skip
+    _, family = family_of(config)
+    config = family.config.from_hf(config)
+    options = BuildOptions("", tmp_path, num_shards=ranks, target="cuda", max_batch_size=1)
+    limits, scheme = limits_of(options, config), quantization(scheme)
+    program = partition_program(family.model(config, scheme.dtype), scheme, limits, ranks)
+    target = cuda.cuda_target(("sm_90a",))
+    with target, without_source_context():
+        mod = lower_abstract(program.mod, target)
+        passes = pipeline.legalize(target) + pipeline.schedule(target)
+        mod = tvm.transform.Sequential(passes)(mod)
+    kernels = [
+        mod[b.value.args[0]]
+        for b in bindings_of(mod["decode_1"])
+        if isinstance(b.value, relax.Call) and op_name(b.value).startswith("relax.call_tir")
+    ]
+    early = ["tirx.kernel_launch_params" in kernel.attrs for kernel in kernels]
+    assert any(early) and not early[0]

@@ -194,8 +194,10 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int t, int
   const int queries = min(Q, Z::GROUP - part * Q);  // of this block
   const int head0 = kv_head * Z::GROUP + part * Q;
 
-  // The tables change between steps only, so they may be read ahead. Most often row t is token t's
-  // and its chunk the one guessed here, which saves waiting for three loads one after the other.
+  // The tables, and with APPEND what of the cache is read, change between steps only. So they may be
+  // read ahead of the kernels before, since the first of a step is launched after all of the last
+  // one's have ended. Most often row t is token t's and its chunk the one guessed here, which saves
+  // waiting for three loads one after the other.
   const int guess = min((split * FEW + warp) * kChunk / PAGE, a.max_pages - 1);
   int page = a.page_table[min(t, a.table_rows - 1) * a.max_pages + guess];
   const int row = a.rows[t];
