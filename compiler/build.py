@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import tvm
 from tvm import relax
 
@@ -19,22 +20,29 @@ from shardwright.compiler.axes import AXIS_RULES, EXPERT_PARALLEL, AxisRules, De
 from shardwright.compiler.checkpoint import Checkpoint
 from shardwright.compiler.columns import Quantized
 from shardwright.compiler.explain import explain
+from shardwright.compiler.formats import Format
 from shardwright.compiler.fuse import FUSIONS
 from shardwright.compiler.kernel_bytes import kernels_of
 from shardwright.compiler.lower import CUBLAS_PASS, MATMUL, NOTE, Q4_GEMM_PASS, lower_abstract
 from shardwright.compiler.partition import Partitioned, partition
 from shardwright.compiler.peer import PEER_PASS, PeerState, peer_state
-from shardwright.compiler.placement import Placement, local_shape
+from shardwright.compiler.placement import Placement, Shard, local_shape
 from shardwright.compiler.propagate import bindings_of
-from shardwright.compiler.quantization import Quantization, quantization
 from shardwright.compiler.rules import op_name, shape_of
+from shardwright.compiler.scheme import Scheme, check_name, model_config, scheme_of
 from shardwright.compiler.script_speed import without_source_context
 from shardwright.compiler.slicing import Reader
 from shardwright.compiler.stored import experts_as_matrices, matrix_placement, matrix_shape
 from shardwright.compiler.trace import Limits, Traced, trace
 from shardwright.compiler.verify import verify
 from shardwright.compiler.vocabulary import check_vocabulary
-from shardwright.compiler.weights import Source, Weight, ignore_buffers, write_shards
+from shardwright.compiler.weights import (
+    Source,
+    Weight,
+    ignore_buffers,
+    stored_shapes,
+    write_shards,
+)
 from shardwright.compiler.workspace import PlanWorkspace
 from shardwright.errors import UsageError
 from shardwright.model_defs import family_of
@@ -82,7 +90,7 @@ class BuildOptions:
 
     model: str
     out: Path
-    quantization: str = "q4f16_1"
+    quantization: str | None = None
     num_shards: int = 1
     target: str = "cpu"
     archs: tuple[str, ...] = ()
@@ -110,7 +118,10 @@ class BuildResult:
 
 @dataclass(frozen=True)
 class Program:
-    """A partitioned program before lowering: what `compile_program` makes of a model."""
+    """A partitioned program before lowering: what `compile_program` makes of a model.
+
+    `orders` says in text how each weight in act-order gets its activations.
+    """
 
     traced: Traced
     partitioned: Partitioned
@@ -118,6 +129,7 @@ class Program:
     weights: dict[str, Weight]
     placements: dict[str, Placement]
     mesh: DeviceMesh
+    orders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
     that do not fit, and ConfigError, CheckpointError, ShardingError or BuildError.
     """
     targets_of(options)  # before a model is fetched
-    quantization(options.quantization)
+    check_name(options.quantization)
     with_weights = not (options.build_model_only or options.dummy_weights)
     checkpoint = Checkpoint.open(options.model, weights=with_weights)
     return build_from(checkpoint, options, progress)
@@ -155,10 +167,15 @@ def build_from(
     """
     progress = progress or Silent()
     targets = targets_of(options)
-    scheme = quantization(options.quantization)
     with_weights = not (options.build_model_only or options.dummy_weights)
+    scheme = scheme_of(options.quantization, checkpoint)
+    if options.build_model_only and isinstance(scheme, Format) and scheme.act_order:
+        raise UsageError(
+            "--build-model-only: the program depends on the order of this checkpoint's weights "
+            "(act-order); build with them"
+        )
     architecture, family = family_of(checkpoint.config)
-    config = family.config.from_hf(checkpoint.config)
+    config = family.config.from_hf(model_config(checkpoint))
     limits = limits_of(options, config)
     special = (*config.bos_token_id, *config.eos_token_id)
     check_vocabulary(checkpoint.root, config.vocab_size, special)
@@ -198,7 +215,7 @@ def build_from(
     if options.target == "rocm":
         files[KERNELS] = artifact.file_entry(options.out / KERNELS)
     if with_weights:
-        files |= _write_weights(checkpoint, program, config, options, progress, readers)
+        files |= _write_weights(checkpoint, scheme, program, config, options, progress, readers)
     files |= _copy_tokenizer(checkpoint, options.out)
 
     manifest = artifact.Manifest(
@@ -297,7 +314,7 @@ def limits_of(options: BuildOptions, config: Any) -> Limits:
 
 def partition_program(
     model: Any,
-    scheme: Quantization,
+    scheme: Scheme,
     limits: Limits,
     ranks: int,
     dump_ir: Path | None = None,
@@ -315,7 +332,12 @@ def partition_program(
     shapes = {p.name: shape_of(p) for p in traced.mod["prefill"].params}
     quantized = {
         # A router is small, and what it says must not change.
-        name: scheme.quantized(name, matrix_shape(shapes[name]), axes[-2:], model.config)
+        name: scheme.quantized(
+            _checkpoint_name(name, traced.stored.get(name)),
+            matrix_shape(shapes[name]),
+            axes[-2:],
+            model.config,
+        )
         if axes[0] != "router"
         else None
         for name, axes in traced.param_axes.items()
@@ -342,12 +364,13 @@ def partition_program(
         )
         for n in traced.param_axes
     }
-    weights = linear.Weights(table)
     mod = linear.name_linears(experts_as_matrices(partitioned.mod))
+    orders = _plan_orders(mod, table)
+    weights = linear.Weights(table)
     mod = linear.join_linears(mod, weights)
     mod = linear.quantize(mod, weights)
     pipeline.dump(mod, dump_ir, "2-linear")
-    return Program(traced, partitioned, mod, weights.table, placements, mesh)
+    return Program(traced, partitioned, mod, weights.table, placements, mesh, tuple(orders))
 
 
 def _source(
@@ -361,12 +384,45 @@ def _source(
     shape, placement = matrix_shape(shape), matrix_placement(shape, placement)
     if stored is None or stored.path is None:
         return Source(name, shape, placement, quantized, plus=stored.plus if stored else 0.0)
+    whole = _checkpoint_name(name, stored)
+    return Source(name, shape, placement, quantized, stored.plus, whole, stored.first)
+
+
+def _checkpoint_name(name: str, stored: Stored | None) -> str:
+    """The tensor of the checkpoint that parameter `name` is, or is part of."""
+    if stored is None or stored.path is None:
+        return name
     module = name.split(".")[:-1]
     path = stored.path
     while path.startswith("../"):
         module, path = module[:-1], path[3:]
-    whole = ".".join([*module, path])
-    return Source(name, shape, placement, quantized, stored.plus, whole, stored.first)
+    return ".".join([*module, path])
+
+
+def _plan_orders(mod: tvm.IRModule, table: dict[str, Weight]) -> list[str]:
+    """Decide for each weight in act-order how its activations come in the order of its groups.
+
+    Where only elementwise operations lie between it and the products before, their rows are
+    permuted once and for all. Else every rank permutes its own activations before the product.
+    """
+    lines = []
+    for name, weight in table.items():
+        (source,) = weight.sources
+        if source.quantized is None or source.quantized.group_of is None:
+            continue
+        before = linear.producers(mod, name)
+        if before and all(table[p].sources[0].rows is None for p in before):
+            order = np.argsort(source.quantized.group_of, kind="stable")
+            table[name] = replace(weight, sources=(replace(source, order=order),))
+            for p in before:
+                rows = replace(table[p].sources[0], rows=order)
+                table[p] = replace(table[p], sources=(rows,))
+            lines.append(f"{name}: rows of {', '.join(before)} permuted; nothing at run time")
+            continue
+        cut = isinstance(source.placement, Shard) and source.placement.dim == 1
+        where = "its own columns, sorted by group and padded" if cut else "all of its columns"
+        lines.append(f"{name}: each rank permutes the activations of {where}; nothing is sent")
+    return lines
 
 
 def _units(
@@ -519,6 +575,7 @@ def _prepare(out: Path) -> None:
 
 def _write_weights(
     checkpoint: Checkpoint,
+    scheme: Scheme,
     program: Program,
     config: Any,
     options: BuildOptions,
@@ -541,6 +598,8 @@ def _write_weights(
         weights = list(program.weights.values())
         if readers is not None:
             weights = [_as_stored(weight) for weight in weights]
+        elif isinstance(scheme, Format):
+            readers = scheme.readers(stored_shapes(checkpoint.tensors, weights))
         return write_shards(
             checkpoint, weights, options.num_shards, options.out, report, ignored, readers
         )
@@ -564,4 +623,5 @@ def _explanation(program: Program) -> str:
     shapes = {p.name: shape_of(p) for p in program.traced.mod["prefill"].params}
     # As the model has them: experts are matrices in the weights.
     model = {name: (shapes[name], program.placements[name]) for name in program.traced.param_axes}
-    return explain(program.mesh, program.weights.values(), state, program.partitioned, model)
+    weights, local = program.weights.values(), program.partitioned
+    return explain(program.mesh, weights, state, local, model, program.orders)

@@ -47,6 +47,10 @@ _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
+_RAW: dict[str, npt.DTypeLike] = {
+    "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I8": np.dtype("i1"), "U8": np.dtype("u1"),
+    "U32": np.dtype("<u4"), "F8_E4M3": np.dtype("u1"),
+}  # fmt: skip
 _READABLE: dict[str, npt.DTypeLike] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -98,9 +102,13 @@ class Checkpoint:
                 raise CheckpointError(f"{model}: is a file; pass the checkpoint's directory")
             root = download(str(model), weights)
         path = root / "config.json"
+        if not path.is_file() and (root / "mlc-chat-config.json").is_file():
+            from shardwright.compiler.format_mlc import open_mlc
+
+            return open_mlc(root, weights)
         if not path.is_file():
             raise CheckpointError(f"{root}: no config.json, so this is no Hugging Face checkpoint")
-        config = _read_json(path)
+        config = read_json(path)
         return cls(root, config, _find_tensors(root) if weights else {})
 
     def tokenizer_files(self) -> list[Path]:
@@ -118,8 +126,20 @@ class Checkpoint:
 
         Raises CheckpointError for a dtype that is no plain float, or if the file ends too early.
         """
-        info = self._readable(name)
-        out = np.empty((stop - start, *info.shape[1:]), _READABLE[info.dtype])
+        return self._rows(self._readable(name), _READABLE, start, stop)
+
+    def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """As `read_rows`, of integers and e4m3 codes (as uint8) too; all rows if `stop` is None."""
+        info = self.tensors[name]
+        if stop is None:
+            rows = info.shape[0] if info.shape else 1
+            return self._rows(info, _RAW | _READABLE, 0, rows).reshape(info.shape)
+        return self._rows(info, _RAW | _READABLE, start, stop)
+
+    def _rows(
+        self, info: TensorInfo, dtypes: dict[str, npt.DTypeLike], start: int, stop: int
+    ) -> npt.NDArray[Any]:
+        out = np.empty((stop - start, *info.shape[1:]), dtypes[info.dtype])
         if out.size:
             row = out.nbytes // (stop - start)
             buffer = out.reshape(-1).view(np.uint8).data
@@ -131,7 +151,7 @@ class Checkpoint:
         if info.dtype not in _READABLE:
             raise CheckpointError(
                 f"{info.file}: {name} has dtype {info.dtype}; only {', '.join(_READABLE)} are "
-                "supported. Use the checkpoint before its quantization."
+                "supported here. Use the checkpoint before its quantization."
             )
         return info
 
@@ -167,7 +187,8 @@ class Checkpoint:
         self.close()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError if there is none."""
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
@@ -188,7 +209,7 @@ def _find_tensors(root: Path) -> dict[str, TensorInfo]:
         if len(only) == 1:
             return read_header(only[0])
         raise CheckpointError(f"{root}: {_why_no_weights(root)}")
-    index = _read_json(root / _INDEX).get("weight_map")
+    index = read_json(root / _INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
         raise CheckpointError(f"{root / _INDEX}: has no weight_map; fetch it again")
     files = sorted(set(index.values()))

@@ -19,11 +19,14 @@ def explain(
     state: dict[str, tuple[tuple[int, ...], Placement]],
     partitioned: Partitioned,
     model: Mapping[str, tuple[tuple[int, ...], Placement]] | None = None,
+    orders: Iterable[str] = (),
 ) -> str:
     """Placements of weights, state and values, and collectives with their bytes for each call.
 
     `model` has shapes and placements of parameters where they differ from those of the weights.
+    `orders` says how weights in act-order get their activations.
     """
+    weights = list(weights)
     axes = ", ".join(f"{a}={n}" for a, n in zip(mesh.axes, mesh.shape, strict=True))
     lines = [
         f"DeviceMesh({axes})",
@@ -32,6 +35,11 @@ def explain(
     ]
     shown = {s.name: (s.shape, s.placement) for w in weights for s in w.sources} | dict(model or {})
     lines += _merged(_placed(name, *where) for name, where in shown.items())
+    formats = [f"  {w.name}  {_format(w)}" for w in weights if w.columns]
+    if formats:
+        lines += ["", "Quantized weights (local columns, codes, groups)", *_merged(formats)]
+    if orders:
+        lines += ["", "Act-order", *_merged(f"  {line}" for line in orders)]
     lines += ["", "State that is sharded"]
     lines += [
         _placed(name, shape, placement)
@@ -46,6 +54,16 @@ def explain(
 
 def _placed(name: str, shape: tuple[int, ...], placement: Placement) -> str:
     return f"  {name}  {_dims(shape)} -> {_dims(local_shape(shape, placement))}  {placement}"
+
+
+def _format(weight: Weight) -> str:
+    assert weight.columns is not None
+    packing, size = weight.columns.packing, weight.columns.size
+    code = packing.code if packing.code == "e4m3" else f"int{packing.bits}"
+    groups = "whole rows" if packing.group == size else f"groups of {packing.group}"
+    zeros = ", zero points" if packing.zeros else ""
+    moved = ", columns moved" if weight.columns.moved is not None else ""
+    return f"{size} columns, {code}, {groups}, {packing.scale_dtype} scales{zeros}{moved}"
 
 
 def _values(partitioned: Partitioned, function: str) -> list[str]:

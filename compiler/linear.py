@@ -56,6 +56,65 @@ def linear(x: relax.Expr, weight: relax.Expr, dtype: str) -> relax.Call:
     return relax.call_dps_packed("shardwright.linear", relax.Tuple([x, weight]), out_ty=out)
 
 
+_ELEMENTWISE = (
+    *("relax.multiply", "relax.add", "relax.astype"),
+    *("relax.nn.silu", "relax.nn.gelu", "relax.nn.gelu_tanh"),
+)
+
+
+def producers(mod: tvm.IRModule, name: str) -> list[str] | None:
+    """The parameters whose rows make the columns of what weight `name` multiplies.
+
+    Permuting these rows permutes those columns and changes nothing else: between them are
+    elementwise operations only, and nothing else reads the values. None if that is not so.
+    """
+    found = []
+    for _, func in mod.functions_items():
+        values = {b.var: b.value for b in bindings_of(func)}
+        params = {p for p in func.params if p not in values}
+        linears = [
+            v
+            for v in values.values()
+            if is_call(v, "shardwright.linear") and operands_of(v)[1].name == name
+        ]
+        if not linears:
+            continue
+        rows, inside = _rows_before(operands_of(linears[0])[0], values, params)
+        outside = [v for var, v in values.items() if var not in inside and v is not linears[0]]
+        read = {x for value in [*outside, func.body.body] for x in reads(value)}
+        if rows is None or len(linears) > 1 or read & (inside | set(rows)):
+            return None
+        found.append([p.name for p in rows])
+    return found[0] if found and all(sorted(f) == sorted(found[0]) for f in found) else None
+
+
+def _rows_before(
+    x: relax.Expr, values: dict[relax.Var, relax.Expr], params: set[relax.Var]
+) -> tuple[list[relax.Var] | None, set[relax.Var]]:
+    """Parameters along whose rows `x` is computed, None if not by such alone; and its values."""
+    rows: list[relax.Var] = []
+    inside: set[relax.Var] = set()
+    waiting = [x]
+    while waiting:
+        var = waiting.pop()
+        if var in inside or var in rows:
+            continue
+        if var in params and shape_of(var) == shape_of(x)[1:]:
+            rows.append(var)
+            continue
+        value = values.get(var) if isinstance(var, relax.Var) else None
+        if not isinstance(value, relax.Call):
+            return None, inside
+        inside.add(var)
+        if op_name(value) == "shardwright.linear":
+            rows.append(operands_of(value)[1])
+        elif op_name(value) in _ELEMENTWISE:
+            waiting += list(value.args)
+        else:
+            return None, inside
+    return rows, inside
+
+
 def join_linears(mod: tvm.IRModule, weights: Weights) -> tvm.IRModule:
     """Linears of one input become one linear with their weights joined, and slices of its result.
 

@@ -30,8 +30,8 @@ from shardwright.compiler.cuda import cuda_target
 from shardwright.compiler.peer import peer_state
 from shardwright.compiler.placement import local_shape
 from shardwright.compiler.propagate import bindings_of
-from shardwright.compiler.quantization import Quantization, quantization
 from shardwright.compiler.rules import op_name, operands_of
+from shardwright.compiler.scheme import Scheme, model_config, scheme_of
 from shardwright.compiler.trace import Limits, StateSpec, state_specs
 from shardwright.errors import UsageError
 from shardwright.model_defs import family_of
@@ -135,10 +135,10 @@ def estimates(
 
     Raises UsageError for options that do not fit, and what a build raises before it compiles.
     """
-    scheme = quantization(options.quantization)
     checkpoint = Checkpoint.open(options.model, weights=False)
+    scheme = scheme_of(options.quantization, checkpoint)
     _, family = family_of(checkpoint.config)
-    config = family.config.from_hf(checkpoint.config)
+    config = family.config.from_hf(model_config(checkpoint))
     limits = limits_of(options, config)
     target = cuda_target(options.archs)
     found = []
@@ -153,7 +153,7 @@ def estimates(
 def estimate(
     family: Any,
     config: Any,
-    scheme: Quantization,
+    scheme: Scheme,
     ranks: int,
     target: tvm.target.Target,
     limits: Limits,
@@ -227,7 +227,7 @@ class _LargestBatch(Limits):
 def _workspace(
     family: Any,
     config: Any,
-    scheme: Quantization,
+    scheme: Scheme,
     ranks: int,
     target: tvm.target.Target,
     limits: Limits,

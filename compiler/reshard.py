@@ -25,7 +25,7 @@ from shardwright.compiler.build import (
 from shardwright.compiler.checkpoint import Checkpoint, read_header
 from shardwright.compiler.packing import unpack
 from shardwright.compiler.placement import PAD, Shard
-from shardwright.compiler.quantization import quantization
+from shardwright.compiler.quantization import QUANTIZATIONS, quantization
 from shardwright.compiler.slicing import Index, Parts, Reader
 from shardwright.compiler.trace import Limits
 from shardwright.compiler.weights import Source, Weight
@@ -55,6 +55,11 @@ def reshard(
     if out.resolve() == directory.resolve():
         raise UsageError(f"{out} is the artefact itself; give -o another directory")
     manifest = load_manifest(directory)
+    if manifest.quantization not in QUANTIZATIONS:
+        raise UsageError(
+            f"{directory}: has the weights of a quantized checkpoint ({manifest.quantization}), "
+            "which cannot be cut again; build for the new number of ranks from the checkpoint"
+        )
     limits = manifest.limits
     options = BuildOptions(
         model=str(directory),

@@ -187,11 +187,19 @@ def _read(
 
 
 def _cut_columns(parts: Parts, columns: Columns, rank: int) -> Parts:
-    """One rank's codes, scales and zero points. A padded column decodes to 0 if there are none."""
+    """One rank's codes, scales and zero points. A padded column decodes to 0.
+
+    It must: what it multiplies is not always 0. A head that only pads attends to real values.
+    """
     at = min(rank, len(columns.codes) - 1)  # a weight cut along its rows has one plan
     codes, *sides = parts
-    cut = take(codes, columns.codes[at], 1, fill=columns.packing.offset)
-    return cut, *(take(side, columns.groups[at], 1) for side in sides)
+    index = columns.codes[at]
+    cut = take(codes, index, 1, fill=columns.packing.offset)
+    sides = [take(side, columns.groups[at], 1) for side in sides]
+    padding = np.flatnonzero(index == PAD)
+    if columns.packing.zeros and len(padding):
+        cut[:, padding] = sides[1][:, padding // columns.packing.group]
+    return cut, *sides
 
 
 def take(values: Array, index: Index, dim: int, fill: int = 0) -> Array:

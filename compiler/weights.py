@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -162,6 +162,26 @@ def check_names(
 def plain_readers(checkpoint: Checkpoint) -> dict[str, Reader]:
     """A reader of each tensor of a checkpoint that is not quantized."""
     return {name: Plain(checkpoint, name) for name in checkpoint.tensors}
+
+
+def stored_shapes(names: Iterable[str], weights: Sequence[Weight]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the checkpoint's weights by name, as the model's `weights` ask for them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    modules = {name.rpartition(".")[0] for name in names}
+    for source in (s for weight in weights for s in weight.sources):
+        shapes[source.name] = source.shape
+        joined = str(source.joined or "")
+        if "{}" in joined:
+            module = joined.rpartition(".")[0]
+            count = 0
+            while module.format(count) in modules:
+                count += 1
+            for i in range(count):
+                shapes[joined.format(i)] = (source.shape[0] // count, *source.shape[1:])
+        elif joined:
+            rows = shapes.get(joined, (0,))[0]
+            shapes[joined] = (rows + source.shape[0], *source.shape[1:])
+    return shapes
 
 
 def split_joined(readers: dict[str, Reader], weights: Sequence[Weight], root: Path) -> None:

@@ -39,7 +39,10 @@ from shardwright.runtime.memory import of_manifest
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
-QUANTIZATIONS = ("q4f16_1", "q4f16_0", "q3f16_1", "q8f16_1", "fp8f16", "q0f16", "q0f32")
+QUANTIZATIONS = (
+    *("q4f16_1", "q4f16_0", "q3f16_1", "q8f16_1", "fp8f16", "q0f16", "q0f32"),
+    *("checkpoint", "checkpoint-f32"),
+)
 TARGETS = ("cpu", "cuda", "rocm")
 
 
@@ -107,8 +110,8 @@ def _target(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
-def _quantization(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    if value not in QUANTIZATIONS:
+def _quantization(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and value not in QUANTIZATIONS:
         raise UsageError(f"unknown quantization {value!r}; use one of {', '.join(QUANTIZATIONS)}")
     return value
 
@@ -130,10 +133,8 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 @click.option("-o", "--output", required=True, type=_DIRECTORY, help="Directory to write.")
 @click.option(
     "--quantization",
-    default="q4f16_1",
-    show_default=True,
     callback=_quantization,
-    help=f"One of {', '.join(QUANTIZATIONS)}.",
+    help=f"One of {', '.join(QUANTIZATIONS)}. [default: the checkpoint's own, else q4f16_1]",
 )
 @click.option("--num-shards", default=1, show_default=True, type=_COUNT, help="Number of ranks.")
 @click.option(
@@ -285,10 +286,8 @@ def _converse(module: Any) -> None:
 @click.option("--batch", default="1,16,64", show_default=True, help="Numbers of rows.")
 @click.option(
     "--quantization",
-    default="q4f16_1",
-    show_default=True,
     callback=_quantization,
-    help=f"One of {', '.join(QUANTIZATIONS)}.",
+    help=f"One of {', '.join(QUANTIZATIONS)}. [default: the checkpoint's own, else q4f16_1]",
 )
 @click.option("--arch", default="sm_80", show_default=True, help="GPU to compile for.")
 @click.option("--prefill-chunk-size", default=2048, show_default=True, type=_COUNT)
@@ -302,7 +301,7 @@ def plan(
     gpu_memory: str,
     max_seq_len: int | None,
     batch: str,
-    quantization: str,
+    quantization: str | None,
     arch: str,
     prefill_chunk_size: int,
     bandwidth: str | None,

@@ -55,7 +55,7 @@ def test_registry():
 def test_the_command_line_knows_the_same_names():
     from shardwright import cli
 
-    assert set(cli.QUANTIZATIONS) == set(QUANTIZATIONS)
+    assert set(cli.QUANTIZATIONS) == {*QUANTIZATIONS, "checkpoint", "checkpoint-f32"}
 
 
 def test_golden_vector():
