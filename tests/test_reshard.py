@@ -28,7 +28,7 @@ def no_compiler(monkeypatch):
 
     def compile_program(program, targets, limits, library, *others):
         library.write_bytes(b"code")
-        return Compiled(0, {}, ())
+        return Compiled(0, {}, (), {})
 
     monkeypatch.setattr("shardwright.compiler.build.compile_program", compile_program)
 
