@@ -30,6 +30,7 @@ from shardwright.compiler.kernels import (
     quantized,
     rotary,
     sampling,
+    sampling_cuda,
 )
 from shardwright.compiler.linear import Rewriter
 from shardwright.compiler.packing import Packing
@@ -320,7 +321,11 @@ def _store_logits(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> rela
 
 def _sample(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     vocab, max_len = shape_of(args[0])[1], shape_of(args[4])[1]
-    kernel = k.kernel(sampling.sample, batch=None, vocab=vocab, max_len=max_len, target=k.target)
+    sizes = {"batch": None, "vocab": vocab, "max_len": max_len}
+    if k.arch >= 90:
+        kernel = k.kernel(sampling_cuda.sample, **sizes)
+    else:
+        kernel = k.kernel(sampling.sample, **sizes, target=k.target)
     return relax.call_tir_inplace(kernel, args, [1, 2, 3, 4], list(call.ty.fields))
 
 

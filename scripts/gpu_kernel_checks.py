@@ -216,6 +216,7 @@ def build(directory: Path, archs: tuple[str, ...], tune: bool, only: str, match:
         q4_gemm,
         rotary,
         sampling,
+        sampling_cuda,
     )
     from shardwright.compiler.pipeline import dependent_launch
 
@@ -280,6 +281,9 @@ def build(directory: Path, archs: tuple[str, ...], tune: bool, only: str, match:
             tokens=None, features=features, eps=1e-5, dtype="float16", target="cuda"
         )
     funcs["sample"] = sampling.sample(batch=None, vocab=VOCAB, max_len=MAX_LEN, target="cuda")
+    if "sample".startswith(only) and all(int(arch[3:].rstrip("af")) >= 90 for arch in archs):
+        cases.append({"kind": "sample", "name": "sample_cuda"})
+        funcs["sample_cuda"] = sampling_cuda.sample(batch=None, vocab=VOCAB, max_len=MAX_LEN)
     funcs["store"] = sampling.store_logits(batch=None, vocab=VOCAB, target="cuda")
     funcs["take"] = matmul.q4_take(
         tokens=None, vocab_rows=1000, features=4096, group=32, dtype="float16", target="cuda"
@@ -628,7 +632,7 @@ class _Runner:
             positions[-1] = -1
             scores = torch.empty_like(logits)
             args = (logits, scores, tokens, positions, history, f, i, eos)
-            self.call("sample", *args)
+            self.call(case["name"], *args)
             x = logits[0].double().nan_to_num(-math.inf)
             x[0] = x[0] / penalty if x[0] > 0 else x[0] * penalty
             order = x.argsort(descending=True)
@@ -641,7 +645,7 @@ class _Runner:
             got = tokens[:-1].tolist()
             first = tokens.clone()
             positions[:-1] = 5
-            self.call("sample", *args)
+            self.call(case["name"], *args)
             same = torch.equal(first, tokens) and positions[-1] == -1 and positions[0] == 6
             bad = sum(t not in allowed for t in got) + (not same) + 10 * (tokens[-1] != 0).item()
             few = len(set(got)) < min(keep, 8) // 2
@@ -650,12 +654,12 @@ class _Runner:
                 views = [a[:rows] for a in args]
 
                 def once(views: Any = views) -> None:
-                    self.call("sample", *views)
+                    self.call(case["name"], *views)
 
                 times.append(self.time([once] * 3))
             self.report(
-                {"name": f"sample_{name}"}, float(bad + few), 0, us_1=times[0], us_8=times[1],
-                kept=keep, distinct=len(set(got)),
+                {"name": f"{case['name']}_{name}"}, float(bad + few), 0,
+                us_1=times[0], us_8=times[1], kept=keep, distinct=len(set(got)),
             )  # fmt: skip
 
     def store(self, case: dict[str, Any]) -> None:

@@ -9,6 +9,13 @@ from shardwright.compiler.kernels import sampling
 VOCAB, MAX_LEN = 37, 24
 
 
+def compiled(batch, vocab):
+    """The sampler for a CPU."""
+    func = sampling.sample(batch=batch, vocab=vocab, max_len=MAX_LEN, target="cpu")
+    mod = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+    return tvm.compile(mod, target="llvm")["main"]
+
+
 @pytest.fixture(scope="module")
 def kernels():
     """Compiled samplers by (batch, vocab)."""
@@ -16,9 +23,7 @@ def kernels():
 
     def get(batch, vocab):
         if (batch, vocab) not in cache:
-            func = sampling.sample(batch=batch, vocab=vocab, max_len=MAX_LEN, target="cpu")
-            mod = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
-            cache[batch, vocab] = tvm.compile(mod, target="llvm")["main"]
+            cache[batch, vocab] = compiled(batch, vocab)
         return cache[batch, vocab]
 
     return get

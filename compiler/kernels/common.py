@@ -54,9 +54,9 @@ _PREFETCH = _SM90.format(
 
 
 def cuda_source(name: str) -> str:
-    """The text of a `.cuh` file of this folder, with the one that all of them share before it."""
+    """The text of a `.cuh` file of this folder, with `ptx.cuh` before it."""
     folder = Path(__file__).parent
-    return (folder / "launch.cuh").read_text() + (folder / name).read_text()
+    return (folder / "ptx.cuh").read_text() + (folder / name).read_text()
 
 
 def extent(count: int | None, name: str = "n") -> Any:

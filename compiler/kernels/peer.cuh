@@ -2,30 +2,12 @@
 #define SHARDWRIGHT_PEER
 // Exchange of little data between GPUs that map each other's memory. Included once in a module.
 //
-// As in NCCL's low-latency protocol, each 8 bytes travel with a 4-byte flag after each 4, in stores
-// of 16 bytes: the reader polls its own memory and needs no other signal. A flag is the number of a
-// call, so nothing is ever cleared.
+// Flags that travel with the data (`send` and `receive` of `ptx.cuh`) are the numbers of calls, so
+// nothing is ever cleared.
 
 #include <cuda_fp16.h>
 
 namespace shardwright::peer {
-
-// Eight bytes to `to`, four words in a peer's memory.
-__device__ __forceinline__ void send(unsigned* to, uint2 data, unsigned flag) {
-  asm volatile("st.volatile.global.v4.u32 [%0], {%1,%3,%2,%3};" ::"l"(to), "r"(data.x),
-               "r"(data.y), "r"(flag)
-               : "memory");
-}
-
-// One look at what a peer sends to `from`; whether it has come.
-__device__ __forceinline__ bool receive(const unsigned* from, unsigned flag, uint2& data) {
-  unsigned a, b;
-  asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(data.x), "=r"(a), "=r"(data.y), "=r"(b)
-               : "l"(from)
-               : "memory");
-  return a == flag && b == flag;
-}
 
 // How long to look: until the host has set the word, whose address follows those of the buffers.
 struct Patience {

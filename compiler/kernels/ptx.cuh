@@ -1,6 +1,6 @@
-#ifndef SHARDWRIGHT_LAUNCH
-#define SHARDWRIGHT_LAUNCH
-// What kernels of several files share. Included once in a module.
+#ifndef SHARDWRIGHT_PTX
+#define SHARDWRIGHT_PTX
+// The PTX that kernels of several files use. Included once in a module. Tests have the same for CPUs.
 
 namespace shardwright {
 
@@ -50,6 +50,26 @@ __device__ __forceinline__ unsigned long long load_from_block(unsigned there) {
   asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(there) : "memory");
 #endif
   return value;
+}
+
+// As in NCCL's low-latency protocol, each 8 bytes travel with a 4-byte flag after each 4, in stores
+// of 16 bytes: the reader polls its own memory and needs no other signal.
+
+// Eight bytes to `to`, four words in a peer's memory.
+__device__ __forceinline__ void send(unsigned* to, uint2 data, unsigned flag) {
+  asm volatile("st.volatile.global.v4.u32 [%0], {%1,%3,%2,%3};" ::"l"(to), "r"(data.x),
+               "r"(data.y), "r"(flag)
+               : "memory");
+}
+
+// One look at what a peer sends to `from`; whether it has come.
+__device__ __forceinline__ bool receive(const unsigned* from, unsigned flag, uint2& data) {
+  unsigned a, b;
+  asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(data.x), "=r"(a), "=r"(data.y), "=r"(b)
+               : "l"(from)
+               : "memory");
+  return a == flag && b == flag;
 }
 
 }  // namespace shardwright

@@ -1,0 +1,237 @@
+// Runs device functions of compiler/kernels/*.cuh on a CPU, to test what they compute: a block is a
+// system thread, its CUDA threads are fibers of it that switch where they wait. So shared memory is
+// thread-local, and another block's is as far from its anchor as this one's. Stands in for ptx.cuh.
+#define SHARDWRIGHT_PTX
+
+#include <sched.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static thread_local
+using std::max;
+using std::min;
+
+struct float2 {
+  float x, y;
+};
+struct uint2 {
+  unsigned x, y;
+};
+
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+// Half precision in its bits; rounding to nearest even of what is no NaN.
+struct half {
+  uint16_t bits;
+};
+struct half2 {
+  half x, y;
+};
+inline float to_float(half h) {
+  const unsigned sign = (h.bits & 0x8000u) << 16, rest = h.bits & 0x7FFFu;
+  if (rest < 0x0400) return std::copysign(std::ldexp((float)rest, -24), __uint_as_float(sign | 1));
+  return __uint_as_float(sign | (rest >= 0x7C00 ? 0x7F800000u : (rest << 13) + 0x38000000u));
+}
+inline half to_half(float x) {
+  const uint16_t sign = __float_as_uint(x) >> 16 & 0x8000;
+  const float size = std::fabs(x);
+  if (size >= 65520.f) return {(uint16_t)(sign | 0x7C00)};
+  if (size < 6.103515625e-5f) return {(uint16_t)(sign | (int)std::nearbyint(size * 16777216.f))};
+  const unsigned bits = __float_as_uint(size);
+  const unsigned rounded = bits + 0x0FFF + (bits >> 13 & 1) - 0x38000000u;
+  return {(uint16_t)(sign | rounded >> 13)};
+}
+inline float2 __half22float2(half2 h) { return {to_float(h.x), to_float(h.y)}; }
+inline half2 __floats2half2_rn(float x, float y) { return {to_half(x), to_half(y)}; }
+inline half2 __hadd2(half2 a, half2 b) {
+  return {to_half(to_float(a.x) + to_float(b.x)), to_half(to_float(a.y) + to_float(b.y))};
+}
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+inline unsigned atomicAdd(unsigned* at, unsigned more) { return (*at += more) - more; }
+
+namespace host {
+
+struct Barrier {
+  int size, count = 0, turn = 0;
+};
+
+struct Cluster {
+  std::vector<char*> anchors;
+  std::atomic<int> started{0};
+  std::atomic<long> arrived{0};
+};
+
+struct Block {
+  Cluster* cluster;
+  int threads, current = 0;
+  Barrier all;
+  std::vector<Barrier> warps;
+  std::vector<uint64_t> lanes;
+  std::vector<long> meetings;
+  // A fiber is entered by its context and switched by jumps, which need no system call.
+  struct Fiber {
+    ucontext_t context;
+    jmp_buf place;
+    bool started = false, ended = false;
+  };
+  std::vector<Fiber> fibers;
+  jmp_buf home;
+  std::function<void(int)> body;
+};
+
+static thread_local char anchor;
+static thread_local Block* block;
+
+inline void yield() {
+  if (!_setjmp(block->fibers[block->current].place)) _longjmp(block->home, 1);
+}
+
+__attribute__((noinline)) inline void resume(Block& b) {
+  Block::Fiber& fiber = b.fibers[b.current];
+  if (_setjmp(b.home)) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
+
+inline void wait(Barrier& barrier) {
+  const int turn = barrier.turn;
+  if (++barrier.count == barrier.size) {
+    barrier.count = 0;
+    ++barrier.turn;
+  }
+  while (barrier.turn == turn) yield();
+}
+
+inline void enter() {
+  block->body(block->current);
+  block->fibers[block->current].ended = true;
+  _longjmp(block->home, 1);
+}
+
+template <typename T>
+T exchange(T value, int from, bool has) {
+  Block& b = *block;
+  const int tid = b.current;
+  memcpy(&b.lanes[tid], &value, sizeof(T));
+  wait(b.warps[tid / 32]);
+  T other = value;
+  if (has) memcpy(&other, &b.lanes[tid / 32 * 32 + from], sizeof(T));
+  wait(b.warps[tid / 32]);
+  return other;
+}
+
+// Runs `body(cluster, block in its cluster, thread)` for clusters of `blocks` blocks of `threads`.
+inline void launch(int clusters, int blocks, int threads,
+                   const std::function<void(int, int, int)>& body) {
+  constexpr size_t kStack = 64 << 10;
+  std::vector<std::unique_ptr<Cluster>> shared;
+  std::vector<std::thread> running;
+  for (int c = 0; c < clusters; ++c) {
+    shared.push_back(std::make_unique<Cluster>());
+    shared[c]->anchors.resize(blocks);
+    for (int p = 0; p < blocks; ++p)
+      running.emplace_back([&, c, p, cluster = shared[c].get()] {
+        Block b{cluster, threads};
+        b.all.size = threads;
+        b.warps.assign(threads / 32, Barrier{32});
+        b.lanes.resize(threads);
+        b.meetings.resize(threads);
+        b.fibers.resize(threads);
+        b.body = [&](int tid) { body(c, p, tid); };
+        block = &b;
+        cluster->anchors[p] = &anchor;
+        for (++cluster->started; cluster->started < blocks;) sched_yield();
+        std::unique_ptr<char[]> stacks(new char[threads * kStack]);
+        for (int i = 0; i < threads; ++i) {
+          ucontext_t& context = b.fibers[i].context;
+          getcontext(&context);
+          context.uc_stack.ss_sp = stacks.get() + i * kStack;
+          context.uc_stack.ss_size = kStack;
+          makecontext(&context, enter, 0);
+        }
+        for (bool more = true; more; sched_yield()) {
+          more = false;
+          for (int i = 0; i < threads; ++i) {
+            if (b.fibers[i].ended) continue;
+            b.current = i;
+            resume(b);
+            more = more || !b.fibers[i].ended;
+          }
+        }
+      });
+  }
+  for (std::thread& thread : running) thread.join();
+}
+
+}  // namespace host
+
+inline void __syncthreads() { host::wait(host::block->all); }
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return host::exchange(value, host::block->current % 32 ^ mask, true);
+}
+template <typename T>
+T __shfl_down_sync(unsigned, T value, int delta) {
+  const int from = host::block->current % 32 + delta;
+  return host::exchange(value, from, from < 32);
+}
+
+namespace shardwright {
+
+inline void wait_for_inputs() {}
+inline void cluster_arrive() { ++host::block->cluster->arrived; }
+inline void cluster_wait() {
+  host::Block& b = *host::block;
+  const long wanted = ++b.meetings[b.current] * b.threads * (long)b.cluster->anchors.size();
+  while (b.cluster->arrived < wanted) host::yield();
+}
+inline void cluster_meet() {
+  cluster_arrive();
+  cluster_wait();
+}
+inline char* in_block(const void* here, int part) {
+  return (char*)here + (host::block->cluster->anchors[part] - &host::anchor);
+}
+inline void store_in_block(char* there, unsigned long long value) { memcpy(there, &value, 8); }
+inline unsigned long long load_from_block(const char* there) {
+  unsigned long long value;
+  memcpy(&value, there, 8);
+  return value;
+}
+inline void send(unsigned* to, uint2 data, unsigned flag) {
+  __atomic_store_n(to, data.x, __ATOMIC_RELAXED);
+  __atomic_store_n(to + 2, data.y, __ATOMIC_RELAXED);
+  __atomic_store_n(to + 1, flag, __ATOMIC_RELEASE);
+  __atomic_store_n(to + 3, flag, __ATOMIC_RELEASE);
+}
+inline bool receive(const unsigned* from, unsigned flag, uint2& data) {
+  const bool both = __atomic_load_n(from + 1, __ATOMIC_ACQUIRE) == flag &&
+                    __atomic_load_n(from + 3, __ATOMIC_ACQUIRE) == flag;
+  data = {__atomic_load_n(from, __ATOMIC_RELAXED), __atomic_load_n(from + 2, __ATOMIC_RELAXED)};
+  if (!both) host::yield();
+  return both;
+}
+
+}  // namespace shardwright

@@ -1,0 +1,146 @@
+"""The CUDA sources of peer.cuh and sample.cuh, run on the CPU by tests/cuda_on_cpu.h."""
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_kernel_sampling as reference
+
+ROWS = 3
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    (folder / "cuda_fp16.h").write_text("")
+    source, out = Path(__file__).with_name("kernels_on_cpu.cc"), folder / "kernels.so"
+    options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-pthread", f"-I{folder}"]
+    subprocess.run(["g++", *options, "-o", str(out), str(source)], check=True)
+    return ctypes.CDLL(str(out))
+
+
+def addresses(arrays):
+    return (ctypes.c_void_p * len(arrays))(*[a.ctypes.data for a in arrays])
+
+
+@pytest.mark.parametrize("two_shots", [False, True])
+@pytest.mark.parametrize(("ranks", "size", "parts"), [(2, 264, 1), (3, 1032, 4), (8, 264, 2)])
+def test_all_reduce(library, ranks, size, parts, two_shots):
+    rng = np.random.default_rng(ranks)
+    residual, weight = rng.standard_normal((2, ROWS, size)).astype("float16")
+    weight = weight[0]
+    x = [np.empty((ROWS, size), "float16") for _ in range(ranks)]
+    sums = [np.zeros((ROWS, size), "float16") for _ in range(ranks)]
+    norms = [np.zeros((ROWS, size), "float16") for _ in range(ranks)]
+    calls = [np.zeros(ROWS, "int32") for _ in range(ranks)]
+    numbers = [np.array([r], "int32") for r in range(ranks)]
+    buffers = [np.zeros(2 * ranks * ROWS * size, "uint32") for _ in range(ranks)]
+    give_up = np.zeros(1, "int32")
+    peers = np.array([a.ctypes.data for a in (*buffers, give_up)], "int64")
+    arguments = [
+        array.ctypes.data
+        for r in range(ranks)
+        for array in (x[r], residual, weight, sums[r], norms[r], peers, calls[r], numbers[r])
+    ]
+    state = (ctypes.c_void_p * len(arguments))(*arguments)
+    # Calls of different kinds and numbers of rows follow each other on the same buffers.
+    for fused, rows in ((True, ROWS), (False, 1), (True, 2), (True, ROWS)):
+        for values in x:
+            values[:] = rng.standard_normal(values.shape)
+        for values in (*sums, *norms):
+            values[:] = 0
+        assert library.all_reduce(ranks, size, parts, two_shots, fused, state, rows) == 0
+        total = np.zeros((rows, size), "float32")
+        for values in x:
+            total += values[:rows].astype("float32")
+        expected = total.astype("float16")
+        if fused:
+            expected = residual[:rows] + expected
+            scale = 1 / np.sqrt((expected.astype("float64") ** 2).mean(1, keepdims=True) + 1e-5)
+            normed = expected.astype("float64") * scale * weight.astype("float64")
+            np.testing.assert_allclose(norms[0][:rows], normed, rtol=2e-3, atol=1e-5)
+        for r in range(ranks):
+            np.testing.assert_array_equal(sums[r][:rows], expected)
+            np.testing.assert_array_equal(sums[r][rows:], 0)
+            np.testing.assert_array_equal(norms[r], norms[0])
+    assert all(c.tolist() == [4, 3, 2] for c in calls)
+
+
+def test_a_rank_that_waits_gives_up_when_told(library):
+    x = [np.ones((ROWS, 264), "float16") for _ in range(2)]
+    give_up = np.ones(1, "int32")
+    # What both push goes astray, so neither receives anything.
+    astray, buffers = (np.zeros((2, 2 * 2 * ROWS * 264), "uint32") for _ in range(2))
+    calls = [np.zeros(ROWS, "int32") for _ in range(2)]
+    numbers = [np.array([r], "int32") for r in range(2)]
+    sums, norms = np.zeros((2, 2, ROWS, 264), "float16")
+    seen = [[buffers[0], astray[1]], [astray[0], buffers[1]]]
+    peers = [np.array([a.ctypes.data for a in (*pair, give_up)], "int64") for pair in seen]
+    arguments = [
+        array.ctypes.data
+        for r in range(2)
+        for array in (x[r], x[r], x[r], sums[r], norms[r], peers[r], calls[r], numbers[r])
+    ]
+    state = (ctypes.c_void_p * len(arguments))(*arguments)
+    assert library.all_reduce(2, 264, 1, False, False, state, 1) == 0
+    assert all(c[0] == 1 for c in calls)
+
+
+def test_logits_are_gathered(library):
+    rng = np.random.default_rng(0)
+    new = rng.standard_normal((3, ROWS, 22)).astype("float32")
+    logits = [np.zeros((ROWS, 64), "float32") for _ in range(3)]
+    last = np.array([4, -1, 0], "int32")
+    calls = np.array([7, 0, 9], "int32")
+    numbers = [np.array([r], "int32") for r in range(3)]
+    buffers = [np.zeros(16 + 2 * 3 * ROWS * 22, "uint32") for _ in range(3)]
+    give_up = np.zeros(1, "int32")
+    peers = np.array([a.ctypes.data for a in (*buffers, give_up)], "int64")
+    pointers = [ctypes.c_void_p(a.ctypes.data) for a in (last, peers, calls)]
+    library.gather(addresses(list(new)), *pointers, addresses(numbers), addresses(logits), ROWS)
+    expected = np.concatenate(list(new), 1)[:, :64]  # the last two are padding
+    expected[1] = 0
+    for row in logits:
+        np.testing.assert_array_equal(row, expected)
+
+
+# Each row has other options, and one of the logits below.
+OPTIONS = [
+    {},
+    {"temperature": 0.8},
+    {"temperature": 1, "top_k": 40},
+    {"temperature": 1, "top_p": 0.9},
+    {"temperature": 1, "top_k": 5, "top_p": 0.0},
+    {"repetition_penalty": 1.5, "ngram": 2},
+    {"temperature": 0.5, "min_new_tokens": 30, "top_p": 0.5},
+    {"temperature": 1, "top_k": 3},
+]
+
+
+def test_the_sampler_chooses_the_tokens_of_the_other(library):
+    vocab, count = 9001, len(OPTIONS)
+    rng = np.random.default_rng(0)
+    logits = (rng.standard_normal((count, vocab)) * 3).astype("float32")
+    logits[0, 5:] = -np.inf
+    logits[[2, 4]] = np.round(logits[[2, 4]])  # ties at the top and at the threshold
+    logits[3, :50] = np.nan
+    logits[7] = np.nan
+    best = logits[5].argmax()
+    history = [[*rng.integers(0, 20, 12)] for _ in range(count)]
+    history[1] = []
+    history[5] = [best, best, 7, best]
+    rows = reference.Rows(logits, history=history, eos=(3, int(logits[6].argmax())))
+    for r, options in enumerate(OPTIONS):
+        one = reference.Rows(logits[r : r + 1], **options)
+        rows.f[r], rows.i[r] = one.f[0], one.i[0]
+    rows.i[:, 4:6] = rng.integers(0, 2**31, (count, 2))
+    names = ("tokens", "positions", "history")
+    state = [getattr(rows, name).copy() for name in names]
+    arrays = (rows.logits, np.zeros_like(logits), *state, rows.f, rows.i, rows.eos)
+    library.sample(*(ctypes.c_void_p(a.ctypes.data) for a in arrays), count)
+    rows.run(lambda *_: reference.compiled(count, vocab))
+    for name, array in zip(names, state, strict=True):
+        np.testing.assert_array_equal(array, getattr(rows, name))
+    assert rows.tokens[1] == -7 and rows.tokens[5] != best and rows.tokens[7] == 0
