@@ -18,7 +18,7 @@ from tvm.script import tirx as T
 
 from shardwright.errors import UsageError
 
-from .common import SCHEDULED, shuffle_xor
+from .common import SCHEDULED, launch_dependents, shuffle_xor, wait_for_inputs
 
 WARP = 32
 WARPS = 8  # of a block
@@ -193,6 +193,7 @@ def _gemv(
     @T.inline
     def stage(x, staged, eight, first, tid):
         """Copy a chunk of x to shared memory as [batch, piece, unit, 8], zeros past its end."""
+        wait_for_inputs("cuda")
         for b in T.serial(batch):
             for i in T.serial((chunk * pieces + threads - 1 - tid) // threads):
                 at: T.let[T.int32] = tid + i * threads
@@ -263,6 +264,7 @@ def _gemv(
                 T.writes()
                 for block in T.thread_binding(blocks, thread="blockIdx.x"):
                     for tid in T.thread_binding(threads, thread="threadIdx.x"):
+                        launch_dependents("cuda")
                         staged = T.alloc_buffer((batch, pieces, chunk, 8), "float16", scope=scope)
                         partial = T.alloc_buffer((WARPS, rows * batch), "float32", scope="shared")
                         eight = T.alloc_buffer((16,), "float16", scope="local")
@@ -306,6 +308,7 @@ def _gemv(
             T.writes()
             for block in T.thread_binding(blocks, thread="blockIdx.x"):
                 for tid in T.thread_binding(threads, thread="threadIdx.x"):
+                    launch_dependents("cuda")
                     staged = T.alloc_buffer((batch, pieces, chunk, 8), "float16", scope=scope)
                     partial = T.alloc_buffer((WARPS, rows * batch), "float32", scope="shared")
                     eight = T.alloc_buffer((16,), "float16", scope="local")

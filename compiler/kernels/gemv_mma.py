@@ -160,17 +160,19 @@ def _preferred(product: Product, clusters: bool) -> Plan:
     if not clusters:
         return Plan(128, 1, 2, 4, 2)
     x_bytes = batch * product.in_features * 2
-    cluster = 2 if batch > 1 and x_bytes > (64 if q4 else 32) * 1024 else 1
-    rows = product.out_features // (PROCESSORS // cluster)
+    little = 64 if q4 and product.in_features < 8192 else 32
+    cluster = 2 if batch > 1 and x_bytes > little * 1024 else 1
+    rows = _ceil(product.out_features, PROCESSORS // cluster)  # of a block
     if not q4:
-        return {1: Plan(128, 1, 4, 16, 1), 2: Plan(128, 1, 3, 8, 2, cluster)}.get(
-            batch, Plan(128, 1, 3 if batch <= 8 else 2, 4, 4, cluster)
-        )
+        if batch == 2:
+            return Plan(128, 1, 3, 8, 2, cluster)
+        return Plan(128, 1, 3 if batch <= 8 else 2, 4, 4, cluster)
     if batch == 1:
         if product.row_bytes % 512:
             return Plan(128, 1, 3, 4, 4)
         return Plan(256, 1, 2, 2, 8) if rows > 128 and x_bytes <= 8192 else Plan(256, 1, 2, 4, 4)
-    few = rows < (7 if batch <= 8 else 3) * TILE
+    tiles = _ceil(rows, TILE)
+    few = tiles < 0.7 * _ceil(tiles, 8) * 8 if batch <= 8 else tiles < 4
     return Plan(128, 1, 2, 4, 4, cluster) if few else Plan(128, 1, 2, 2, 8, cluster)
 
 
