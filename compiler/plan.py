@@ -80,6 +80,10 @@ class Estimate:
     """Tensors whose size depends neither on rows nor on their length."""
     collectives: tuple[tuple[str, int], ...]
     """Kind and bytes of every collective of a step of one row."""
+    experts: int = 0
+    """Of `read`, the experts, of which a token takes some."""
+    chosen: float = 1.0
+    """Share of the experts that a token takes."""
 
     def memory(self, batch: int, length: int) -> RankMemory:
         """What a rank takes when it is built for `batch` rows of `length` tokens."""
@@ -118,7 +122,9 @@ class Estimate:
     def seconds(self, machine: Machine, batch: int, context: int) -> float:
         """Predicted seconds of a decode step of `batch` rows with `context` tokens each."""
         assert machine.bandwidth is not None
-        read = self.read + batch * context * self.token_bytes
+        # Rows choose independently, so together they take less than the sum.
+        left_out = self.experts * (1 - self.chosen) ** batch
+        read = self.read - left_out + batch * context * self.token_bytes
         total = read / (machine.bandwidth * EFFICIENCY) + self.layers * LAYER_SECONDS
         for kind, nbytes in self.collectives:
             # A ring sends what all-reduce sums twice around, what all-gather collects once.
@@ -180,11 +186,9 @@ def estimate(
         kind=kind,
         layers=config.num_hidden_layers,
         weights=on_device(tensors.values(), kind),
-        read=sum(
-            int(size * chosen.get(name, 1))
-            for name, size in tensors.items()
-            if name not in looked_up
-        ),
+        read=sum(size for name, size in tensors.items() if name not in looked_up),
+        experts=sum(size for name, size in tensors.items() if name in chosen),
+        chosen=min(chosen.values(), default=1.0),
         workspace=on_device([workspace], kind),
         state=tuple(state),
         fixed=sum(inputs) + peers + 4,

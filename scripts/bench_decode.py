@@ -68,12 +68,16 @@ def copy_bandwidth(kind: str) -> float:
 
 def step_bytes(manifest: Manifest, context: float, batch: int = 1) -> float:
     """Bytes that one rank must read for one token of each of `batch` rows at `context` tokens."""
-    weights = 0
+    weights, config = 0.0, manifest.model.config
+    count = config.get("num_local_experts") or config.get("num_experts") or 1
+    # Rows choose experts independently, so together they read less than the sum.
+    chosen = 1 - (1 - min(1.0, config.get("num_experts_per_tok", 1) / count)) ** batch
     for weight in manifest.weights:
         looked_up = weight.name.startswith("model.embed_tokens.")
-        tied = bool(manifest.model.config.get("tie_word_embeddings"))
+        tied = bool(config.get("tie_word_embeddings"))
         if tied or not looked_up:
-            weights += int(np.prod(weight.shape)) * np.dtype(weight.dtype).itemsize
+            size = int(np.prod(weight.shape)) * np.dtype(weight.dtype).itemsize
+            weights += size * (chosen if ".experts." in weight.name else 1.0)
     cache = 0.0
     for spec in manifest.state:
         if spec.name in ("k_pages", "v_pages"):

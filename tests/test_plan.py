@@ -53,8 +53,9 @@ def test_a_step_reads_the_chosen_experts_only():
     two = estimate(2, "q0f32", limits, config)
     five = estimate(2, "q0f32", limits, config | {"num_experts_per_tok": 5})
     # Rank 0 has 64 of the 104 rows of five experts, in 2 layers of 3 matrices.
-    assert two.weights == five.weights
-    assert five.read - two.read == 2 * 3 * (5 - 2) * 64 * 64 * 4
+    assert two.weights == five.weights and two.read == five.read
+    assert two.experts == five.experts == 2 * 3 * 5 * 64 * 64 * 4
+    assert (two.chosen, five.chosen) == (0.4, 1.0)
 
 
 def test_a_model_with_kinds_of_layers_is_planned_with_few_of_them():
@@ -83,6 +84,15 @@ def test_seconds_are_reading_layers_and_collectives():
     # Two ranks: of an all-reduce each sends all of it, of an all-gather half.
     sent = 4 * (1000 + 2000) / 1e9 + 2e-5
     assert small().seconds(machine, 4, 7) == pytest.approx(reading + sent)
+
+
+def test_rows_share_experts():
+    machine = plan.Machine(24 << 30, 1e12)
+    one = small(ranks=1, collectives=(), experts=800 << 20, chosen=0.25)
+    layers = 10 * plan.LAYER_SECONDS
+    assert one.seconds(machine, 1, 7) == pytest.approx((300 << 20) / 0.9e12 + layers)
+    both = 100 + 800 * (1 - 0.75**2)
+    assert one.seconds(machine, 2, 7) == pytest.approx(both * (1 << 20) / 0.9e12 + layers)
 
 
 def test_replicas_where_links_are_slow():
