@@ -1,5 +1,5 @@
 // Products of few tokens with a large weight on tensor cores; gemv_mma.py explains and calls them.
-// Guarded, because several kernels of a module include it; launch.cuh comes before.
+// Guarded, because several kernels of a module include it; ptx.cuh comes before.
 #ifndef SHARDWRIGHT_GEMV_MMA
 #define SHARDWRIGHT_GEMV_MMA
 
