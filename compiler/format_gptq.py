@@ -85,7 +85,7 @@ class Gptq(Format):
             raise self.refuse("dynamic", f"has {bits!r} bits for {module}; only 4 or 8 are read")
         sym = self.setting(module, "sym") in (True, None)
         offset = (7 if bits == 4 else 128) if sym else 0
-        dtype = self.scale_dtype(f"{module}.scales")
+        dtype = self.scale_dtype(f"{module}.scales", narrow=sym and bits == 4)
         group = shape[1] if group == -1 else group
         return Packing(bits, group, offset=offset, zeros=not sym, scale_dtype=dtype)
 
@@ -223,7 +223,7 @@ class Awq(Format):
     def packing(self, module: str, shape: tuple[int, ...]) -> Packing:
         """See `Format`."""
         group = shape[1] if self.group == -1 else self.group
-        dtype = self.scale_dtype(f"{module}.scales")
+        dtype = self.scale_dtype(f"{module}.scales", narrow=False)
         return Packing(4, group, zeros=True, scale_dtype=dtype)
 
     def reader(self, module: str, shape: tuple[int, ...]) -> Reader:

@@ -131,9 +131,8 @@ class Fp8(Format):
 
     def packing(self, module: str, shape: tuple[int, ...]) -> Packing:
         """See `Format`."""
-        dtype = self.scale_dtype(self.scale_name(module), "float32")
         group = min(self.block[1], shape[1]) if self.block else shape[1]
-        return Packing(8, group, code="e4m3", scale_dtype=dtype)
+        return Packing(8, group, code="e4m3", scale_dtype="float32")
 
     def reader(self, module: str, shape: tuple[int, ...]) -> Reader:
         """See `Format`."""
@@ -238,11 +237,11 @@ class CompressedTensors(Format):
         strategy = args["strategy"]
         group = {"group": args.get("group_size"), "block": (args.get("block_structure") or [0])[-1]}
         size = min(group.get(strategy) or shape[1], shape[1])
-        floats = args.get("type") == "float"
-        dtype = self.scale_dtype(f"{module}.weight_scale", "float32" if floats else "float16")
-        if floats:
-            return Packing(8, size, code="e4m3", scale_dtype=dtype)
+        if args.get("type") == "float":
+            return Packing(8, size, code="e4m3", scale_dtype="float32")
         zeros = not args.get("symmetric", True)
+        narrow = args["num_bits"] == 4 and not zeros
+        dtype = self.scale_dtype(f"{module}.weight_scale", narrow)
         offset = 0 if zeros else 7 if args["num_bits"] == 4 else 128
         return Packing(args["num_bits"], size, offset=offset, zeros=zeros, scale_dtype=dtype)
 

@@ -126,10 +126,14 @@ class Format:
             )
         return info.dtype
 
-    def scale_dtype(self, name: str, default: str = "float16") -> str:
-        """The dtype that holds scales `name` exactly: float32 for float32, else float16."""
+    def scale_dtype(self, name: str, narrow: bool = True) -> str:
+        """The dtype that scales `name` are kept in, which must hold them exactly.
+
+        float32 for float32; for bfloat16 too, unless `narrow`: the four-bit kernels want float16.
+        """
         info = self.checkpoint.tensors.get(name)
-        return {"F32": "float32"}.get(info.dtype, "float16") if info else default
+        wide = ("F32",) if narrow else ("F32", "BF16")
+        return "float32" if info and info.dtype in wide else "float16"
 
     def refuse(self, key: str, why: str) -> ConfigError:
         """The error for a field that is not supported as it is."""

@@ -192,6 +192,37 @@ def test_four_bit_symmetric_weights_take_the_four_bit_kernels(tmp_path):
             assert weight.columns is None or weight.columns.packing.is_q4("float16")
 
 
+def test_layers_of_other_bits(tmp_path):
+    """GPTQModel's `dynamic`: a regular expression of modules, and what differs there."""
+    down = "model.layers.0.mlp.down_proj.weight"
+    whole = {}
+
+    def eight_bits(tensors, module):
+        whole[down] = qm.gptq(down, (128, 384), tensors, bits=8, group=64)
+
+    whole = qm.write(tmp_path, "gptq-32", change=eight_bits) | whole
+    config = json.loads((tmp_path / "config.json").read_text())
+    dynamic = {r"+:.*\.down_proj$": {"bits": 8, "group_size": 64}, r"-:.*\.k_proj$": {}}
+    config["quantization_config"]["dynamic"] = dynamic
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    program = check_shards(tmp_path, 2, whole)
+    assert program.weights[down].columns.packing.bits == 8
+    scheme = scheme_of(None, Checkpoint.open(tmp_path, weights=False))
+    assert not scheme.is_quantized("model.layers.0.self_attn.k_proj")
+
+
+def test_a_scale_that_would_be_rounded(tmp_path):
+    def tiny(tensors, module):
+        scale = tensors[f"{module}.weight_scale"].copy()
+        scale[0] = 1.0078125 * 2.0**-20  # eight bits of mantissa, beyond float16's last
+        tensors[f"{module}.weight_scale"] = scale
+
+    qm.write(tmp_path, "ct-int4", change=tiny)
+    with pytest.raises(CheckpointError, match=r"down_proj.*is no float16 number.*checkpoint-f32"):
+        shards(tmp_path, 1, "checkpoint")
+    shards(tmp_path, 1, "checkpoint-f32")
+
+
 def test_modules_that_stay_plain(tmp_path):
     plain = {n for n in qm.LINEARS if "k_proj" in n or "down_proj" in n}
     qm.write(tmp_path, "gptq-64-asym", plain=plain)
