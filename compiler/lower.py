@@ -25,6 +25,7 @@ from shardwright.compiler.kernels import (
     gemv_mma,
     gemv_rocm,
     matmul,
+    matmul_rocm,
     norm,
     q4_gemm,
     quantized,
@@ -410,8 +411,16 @@ def _linear_shapes(
 def _tensor_core_linear(
     k: _Kernels, call: relax.Call, x: relax.Expr, weight: relax.Expr
 ) -> relax.Expr:
-    """cuBLAS, or Relax operations that dlight schedules on tensor cores; sums in float32."""
-    if k.cublas and str(x.ty.dtype) == "float16":
+    """cuBLAS, a kernel for AMD's matrix cores, or Relax operations that dlight schedules.
+
+    Sums are in float32.
+    """
+    dtype = str(x.ty.dtype)
+    if matmul_rocm.supported(in_features=shape_of(x)[1], dtype=dtype, target=k.target):
+        shapes = _linear_shapes(k, call, x, weight)
+        kernel = k.kernel(matmul_rocm.matmul_rocm, **shapes, target=k.target)
+        return relax.call_tir(kernel, [x, weight], call.ty)
+    if k.cublas and dtype == "float16":
         return relax.call_dps_packed(MATMUL, relax.Tuple([x, weight]), out_ty=call.ty)
     transposed = k.bb.emit(relax.op.permute_dims(weight))
     y = relax.op.matmul(x, transposed, out_dtype="float32")

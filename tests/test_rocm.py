@@ -3,13 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tvm
+from amd.emulator import Device
 from tvm.script import tirx as T
 
 from shardwright.compiler import rocm, rocm_check
 from shardwright.compiler.build import BuildOptions, targets_of
-from shardwright.compiler.kernels import gemv_rocm, norm
+from shardwright.compiler.kernels import gemv_rocm, matmul_rocm, norm
 from shardwright.compiler.kernels.common import SCHEDULED
 from shardwright.errors import ArtifactError, BuildError, UsageError
 from shardwright.runtime.code_object import CodeObject, Kernel, code_objects, occupancy
@@ -264,3 +266,34 @@ def test_a_kernel_with_too_many_threads_is_refused() -> None:
     mod = tvm.IRModule({"main": func})
     with pytest.raises(BuildError, match="main has blocks of 1024 threads"):
         rocm.for_arch(mod, rocm.rocm_target("gfx1100"), "gfx1100")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("tokens", "features", "inner", "out_dtype"),
+    [(70, 200, 72, "float16"), (3, 16, 8, "float32"), (64, 128, 96, "float32")],
+)
+def test_products_on_matrix_cores(
+    arch: str, tokens: int, features: int, inner: int, out_dtype: str, tmp_path: Path
+) -> None:
+    sizes = dict(out_features=features, in_features=inner, out_dtype=out_dtype)
+    func = matmul_rocm.matmul_rocm(tokens=None, **sizes, target=f"rocm:{arch}")
+    text = assembly(func, arch)
+    assert ("v_wmma_f32_16x16x16_f16" if arch == "gfx1100" else "v_mfma_f32_16x16x16") in text
+    rng = np.random.default_rng(tokens)
+    x, w = (rng.standard_normal((rows, inner)).astype("float16") for rows in (tokens, features))
+    out = np.full((tokens, features), np.nan, out_dtype)
+    grid = (-(-features // matmul_rocm.COLUMNS), -(-tokens // matmul_rocm.ROWS))
+    device = Device(arch, code_object(func, arch, tmp_path).data)
+    device.launch("main_kernel", grid, (matmul_rocm.THREADS,), out, w, x, np.int64(tokens))
+    wanted = x.astype("float64") @ w.astype("float64").T
+    tolerance = 1e-5 if out_dtype == "float32" else 1e-2
+    np.testing.assert_allclose(out, wanted, rtol=1e-3, atol=tolerance)
+
+
+def test_matrix_cores_are_those_of_the_architecture() -> None:
+    sizes = dict(in_features=64, dtype="float16")
+    assert matmul_rocm.supported(**sizes, target="rocm:gfx1102")
+    assert not matmul_rocm.supported(**sizes, target="rocm:gfx1030")
+    assert not matmul_rocm.supported(in_features=12, dtype="float16", target="rocm:gfx942")
+    assert not matmul_rocm.supported(in_features=64, dtype="float32", target="rocm:gfx942")

@@ -154,6 +154,7 @@ REFERENCES: dict[str, Callable[[Arrays, Arrays], list[tuple[np.ndarray, Any]]]] 
     "q4_dequantize_kernel": last_of(lambda packed, scale, out: weight_of(packed, scale)),
     "q4_gemv_kernel": last_of(lambda x, p, s, out: product(x, weight_of(p, s), out)),
     "gemv_kernel": last_of(product),
+    "matmul_rocm_kernel": last_of(product),
     "rms_norm": last_of(lambda x, w, out: norm(x.astype("float64"), w)),
     "add_rms_norm_kernel": lambda args, after: [
         (after[3], args[0].astype("float64") + args[1]),
