@@ -45,7 +45,7 @@ def artefacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (root / "config" / "config.json").write_text(json.dumps(GQA))
     common = dict(quantization=demo.QUANTIZATION, target="rocm", archs=ARCHS)
     model = str(demo.DEMO / "model")
-    options = dict(num_shards=2, max_batch_size=demo.BATCH, **common)
+    options = dict(num_shards=2, max_batch_size=demo.BATCH, use_cuda_graph=True, **common)
     build(BuildOptions(model, root / "demo", **options))
     model = str(root / "config")
     options = dict(max_batch_size=2, dummy_weights=True, **common)
@@ -95,6 +95,7 @@ def test_every_kernel_against_numpy(
 
 
 def test_demo_on_two_ranks_gives_the_tokens_of_a_cpu(artefacts: dict[str, Path]) -> None:
+    """With its steps as graphs, and all-reduces in them."""
     output = run("gfx1100", 2, HERE / "demo.py", artefacts["demo"], AMD_EMULATOR_THREADS="1")
     assert "demo: 32 of 32 replies are the CPU's" in output
 

@@ -25,6 +25,8 @@ enum {
     OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
     NOT_FOUND = 500, LAUNCH_FAILURE = 719,
 };
+// RCCL's; the last says that the communicator was aborted, and is no code of HIP
+enum { NCCL_OK = 0, NCCL_SYSTEM = 2, NCCL_INVALID = 4, NCCL_ABORTED = 5 };
 
 std::mutex lock;
 std::string message = "no error";
@@ -211,8 +213,11 @@ int hipGraphInstantiateWithFlags(void **executable, void *graph, unsigned long l
     return *executable = new std::vector<Work>(*static_cast<std::vector<Work> *>(graph)), OK;
 }
 int hipGraphLaunch(void *executable, void *) {
-    for (const Work &work : *static_cast<std::vector<Work> *>(executable))
-        if (int status = work()) return status == LAUNCH_FAILURE ? status : failed(LAUNCH_FAILURE, "a graph failed");
+    for (const Work &work : *static_cast<std::vector<Work> *>(executable)) {
+        int status = work();
+        if (status == NCCL_ABORTED) return LAUNCH_FAILURE;
+        if (status) return status == LAUNCH_FAILURE ? status : failed(LAUNCH_FAILURE, "a graph failed");
+    }
     return sticky;
 }
 int hipGraphDestroy(void *graph) { return delete static_cast<std::vector<Work> *>(graph), OK; }
@@ -270,7 +275,6 @@ void amd_emulator_reset() { sticky = OK; }
 
 // ---- RCCL ------------------------------------------------------------------------------------
 
-enum { NCCL_OK = 0, NCCL_SYSTEM = 2, NCCL_INVALID = 4, NCCL_ABORTED = 5 };
 struct ncclUniqueId {
     char name[128];
 };
