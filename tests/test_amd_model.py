@@ -63,7 +63,9 @@ def run(arch: str, devices: int, *command: str | Path, **variables: str) -> str:
 def attempt(
     arch: str, devices: int, *command: str | Path, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    everything = {**os.environ, **environment(arch, devices), **variables}
+    # Consumer GPUs are warned about where this is not set.
+    base = {**os.environ, "NCCL_P2P_DISABLE": "1"}
+    everything = {**base, **environment(arch, devices), **variables}
     arguments = [sys.executable, *map(str, command)]
     return subprocess.run(arguments, env=everything, capture_output=True, text=True, timeout=590)
 
