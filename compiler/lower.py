@@ -415,8 +415,9 @@ def _tensor_core_linear(
 
     Sums are in float32.
     """
-    dtype = str(x.ty.dtype)
-    if matmul_rocm.supported(in_features=shape_of(x)[1], dtype=dtype, target=k.target):
+    dtype, (out_features, in_features) = str(x.ty.dtype), shape_of(weight)
+    sizes = {"out_features": out_features, "in_features": in_features}
+    if matmul_rocm.supported(**sizes, dtype=dtype, target=k.target):
         shapes = _linear_shapes(k, call, x, weight)
         kernel = k.kernel(matmul_rocm.matmul_rocm, **shapes, target=k.target)
         return relax.call_tir(kernel, [x, weight], call.ty)

@@ -292,8 +292,8 @@ def test_products_on_matrix_cores(
 
 
 def test_matrix_cores_are_those_of_the_architecture() -> None:
-    sizes = dict(in_features=64, dtype="float16")
+    sizes = dict(out_features=32, in_features=64, dtype="float16")
     assert matmul_rocm.supported(**sizes, target="rocm:gfx1102")
     assert not matmul_rocm.supported(**sizes, target="rocm:gfx1030")
-    assert not matmul_rocm.supported(in_features=12, dtype="float16", target="rocm:gfx942")
-    assert not matmul_rocm.supported(in_features=64, dtype="float32", target="rocm:gfx942")
+    for change in ({"in_features": 12}, {"dtype": "float32"}, {"out_features": 8}):
+        assert not matmul_rocm.supported(**{**sizes, **change}, target="rocm:gfx942")

@@ -21,7 +21,7 @@ from shardwright.errors import UsageError
 from .common import SCHEDULED, shuffle_xor, warp_size_of
 
 THREADS = 256  # of a block
-SHARED_BYTES = 32 * 1024  # of x at a time; two blocks fit into a compute unit
+SHARED_BYTES = 16 * 1024  # of x at a time; three blocks fit into a compute unit
 FULL_GPU = 96 * 16  # waves that keep the memory of a large GPU busy: not measured, a guess
 
 

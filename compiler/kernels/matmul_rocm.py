@@ -31,9 +31,10 @@ def matrix_cores(target: Any) -> str:
     return "wmma" if arch.startswith("gfx11") else ""
 
 
-def supported(*, in_features: int, dtype: str, target: Any) -> bool:
-    """Whether there is a kernel for such a product."""
-    return dtype == "float16" and in_features % 8 == 0 and bool(matrix_cores(target))
+def supported(*, out_features: int, in_features: int, dtype: str, target: Any) -> bool:
+    """Whether there is a kernel for such a product; a weight of few rows gains nothing from it."""
+    fits = out_features >= 2 * PIECE and in_features % 8 == 0 and dtype == "float16"
+    return fits and bool(matrix_cores(target))
 
 
 def matmul_rocm(
