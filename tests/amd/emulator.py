@@ -29,7 +29,7 @@ ARCHS = ("gfx1100", "gfx90a", "gfx942")
 _FLAGS = (
     *("-std=c++20", "-O2", "-ftree-vectorize", "-march=native", "-fno-math-errno"),
     # One rounding for each instruction, as on the device.
-    *("-ffp-contract=off", "-fPIC", "-pthread", "-Wall", "-Werror"),
+    *("-ffp-contract=off", "-fPIC", "-pthread", "-Wall"),
 )
 
 
