@@ -240,16 +240,20 @@ class Awq(Format):
 class _AwqReader(_KMajor):
     @cached_property
     def _zeros(self) -> Array:
-        return self._unpack(self._read("qzeros"), np.arange(self.shape[0]))
+        return self._unpack(self._read("qzeros"), np.arange(self.shape[0])).T
 
     def _codes(self, rows: Index) -> Array:
-        return np.ascontiguousarray(self._unpack(self._words, rows).T)
+        return self._unpack(self._words, rows)
 
     @staticmethod
-    def _unpack(words: Array, columns: Index) -> Array:
-        """Codes `[K, len(columns)]` of words `[K, N / 8]`."""
-        places = np.argsort(_AWQ_ORDER).astype(np.uint32)
-        shifts = 4 * places[columns % 8]
-        spread = words.view(np.uint32)[:, columns // 8] >> shifts
-        codes: Array = (spread & np.uint32(15)).astype(np.uint8)
-        return codes
+    def _unpack(words: Array, rows: Index) -> Array:
+        """Codes `[len(rows), K]` of words `[K, N / 8]`."""
+        columns, where = np.unique(rows // 8, return_inverse=True)
+        some = np.ascontiguousarray(words[:, columns].T).view(np.uint8)
+        some = some.reshape(len(columns), len(words), 4)
+        codes = np.empty((len(columns), 8, len(words)), np.uint8)
+        for place, row in enumerate(_AWQ_ORDER):
+            part = some[:, :, place // 2]
+            codes[:, row] = part >> 4 if place % 2 else part & 15
+        found: Array = codes.reshape(-1, len(words))[where * 8 + rows % 8]
+        return found
