@@ -240,7 +240,8 @@ class Awq(Format):
 class _AwqReader(_KMajor):
     @cached_property
     def _zeros(self) -> Array:
-        return self._unpack(self._read("qzeros"), np.arange(self.shape[0])).T
+        zeros: Array = self._unpack(self._read("qzeros"), np.arange(self.shape[0])).T
+        return zeros
 
     def _codes(self, rows: Index) -> Array:
         return self._unpack(self._words, rows)
