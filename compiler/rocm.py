@@ -45,6 +45,9 @@ ABIS = (5, 6)
 MAX_THREADS = 256
 """Threads of a block: what the code generator allows the kernels where it finds no GPU."""
 
+HOST = "tirx.is_host_func"
+"""Attribute of functions that compute shapes, on the CPU."""
+
 SHARED_BYTES = 65536
 """Local data share of a block."""
 
@@ -226,7 +229,8 @@ def for_arch(mod: tvm.IRModule, target: tvm.target.Target, arch: str) -> tvm.IRM
                     f"kernel {gv.name_hint} has blocks of {threads} threads, AMD GPUs run "
                     f"{MAX_THREADS} here; please report it as a bug of Shardwright"
                 )
-            func = func.with_attr("target", target)
+            if HOST not in func.attrs:
+                func = func.with_attr("target", target)
         functions[names[gv]] = func.with_attr("global_symbol", names[gv].name_hint)
     return tvm.IRModule(functions)
 

@@ -142,8 +142,8 @@ def show(part: Table | str) -> None:
 def print_findings(manifest: Manifest, findings: Sequence[Any]) -> None:
     """Print what `selftest` found: an error is the largest, of the largest value there."""
     archs = " ".join([manifest.target.kind, *manifest.target.archs])
-    title = f"{manifest.name}: {archs}, {manifest.mesh.size} ranks, Shardwright {manifest.version}"
-    part = table(title, "name", "error", "tolerance", "result")
+    print(f"{manifest.name}: {archs}, {manifest.mesh.size} ranks, Shardwright {manifest.version}")
+    part = table("", "name", "error", "tolerance", "result")
     for f in findings:
         result = f.note or ("ok" if f.passed else "WRONG")
         figures = ("", "") if f.note else (f"{f.error:.1e}", f"{f.tolerance:.0e}")

@@ -297,3 +297,11 @@ def test_matrix_cores_are_those_of_the_architecture() -> None:
     assert not matmul_rocm.supported(**sizes, target="rocm:gfx1030")
     for change in ({"in_features": 12}, {"dtype": "float32"}, {"out_features": 8}):
         assert not matmul_rocm.supported(**{**sizes, **change}, target="rocm:gfx942")
+
+
+def test_functions_for_the_host_stay_there() -> None:
+    target = rocm.rocm_target("gfx1100")
+    host = add_norm("gfx1100").with_attr(rocm.HOST, True)
+    mod = rocm.for_arch(tvm.IRModule({"f": host, "k": add_norm("gfx1100")}), target, "gfx1100")
+    assert "target" not in mod["f_gfx1100"].attrs
+    assert mod["k_gfx1100"].attrs["target"].kind.name == "rocm"
