@@ -124,7 +124,9 @@ def plan(product: Product, *, clusters: bool) -> Plan | None:
     With `clusters` the GPU has clusters of blocks and 227 KB of shared memory for a block.
     The choices are from measurements on an H200 (`scripts/gpu_kernel_checks.py --tune`).
     """
-    if product.batch == 1 and _faster_without_tensor_cores(product):
+    if product.batch == 1 and not product.group:
+        # As fast in `gemv.py`, whose blocks the next kernel's can join sooner. With four bits it is
+        # the other way about: an early launch costs that kernel 10 us of 75 on 57344 x 8192.
         return None
     limit = SHARED_BYTES_CLUSTERS if clusters else SHARED_BYTES
     first = _preferred(product, clusters)
@@ -143,11 +145,6 @@ def plan(product: Product, *, clusters: bool) -> Plan | None:
             break
         p = _wider(p)
     return found if found is not None and found.phases <= MAX_PHASES else None
-
-
-def _faster_without_tensor_cores(product: Product) -> bool:
-    """Whether one token is, as measured in graphs of whole decode steps on an H200."""
-    return not product.group or (product.out_features >= 10240 and product.in_features >= 8192)
 
 
 def _wider(p: Plan) -> Plan:
