@@ -1,4 +1,5 @@
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,9 @@ import pytest
 import tvm  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# A shell lets what it runs in the background ignore Ctrl-C, and so would the programs under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
