@@ -9,6 +9,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from .common import SCHEDULED, extent, lanes_for
+from .common import silu_mul as _silu_mul
 
 
 def silu_mul(*, tokens: int | None, features: int, dtype: str) -> tirx.PrimFunc:
@@ -38,10 +39,7 @@ def silu_mul(*, tokens: int | None, features: int, dtype: str) -> tirx.PrimFunc:
                         for e in T.vectorized(lanes):
                             up[e] = y[t, features + first + e]
                         for e in T.unroll(lanes):
-                            g = T.meta_var(T.cast(gate[e], "float32"))
-                            gate[e] = T.cast(
-                                g / (T.float32(1) + T.exp(-g)) * T.cast(up[e], "float32"), dtype
-                            )
+                            gate[e] = _silu_mul(gate[e], up[e], dtype)
                         for e in T.vectorized(lanes):
                             out[t, first + e] = gate[e]
 

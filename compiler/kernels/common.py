@@ -151,3 +151,16 @@ def prefetch_l2(target, address, size):
         T.evaluate(
             T.cuda.func_call("shardwright_prefetch_l2", address, size, source_code=_PREFETCH)
         )
+
+
+def silu_mul(gate: Any, up: Any, dtype: str) -> Any:
+    """`silu(gate) * up` of float32 sums, rounded as if they had been written as `dtype`."""
+    g = T.cast(T.cast(gate, dtype), "float32")
+    u = T.cast(T.cast(up, dtype), "float32")
+    return T.cast(g / (T.float32(1) + T.exp(-g)) * u, dtype)
+
+
+def nibble(word: Any, i: Any) -> Any:
+    """Four-bit element i of a word of `matmul.py`'s format as float32, before its scale."""
+    bits = T.bitwise_and(T.shift_right(word, T.cast(i * 4, "uint32")), T.uint32(15))
+    return T.cast(T.cast(bits, "int32") - 7, "float32")

@@ -25,7 +25,9 @@ from .common import (
     for_threads,
     is_gpu,
     lanes_for,
+    nibble,
     shuffle_xor,
+    silu_mul,
     warp_size_of,
 )
 
@@ -101,19 +103,6 @@ def _weight_shapes(
     return ((experts * rows, cols // 8), "uint32"), ((experts * rows, cols // group), dtype)
 
 
-def _nibble(word: Any, i: Any) -> Any:
-    """Four-bit element i of a word as float32, before its scale."""
-    bits = T.bitwise_and(T.shift_right(word, T.cast(i * 4, "uint32")), T.uint32(15))
-    return T.cast(T.cast(bits, "int32") - 7, "float32")
-
-
-def _silu_mul(gate: Any, up: Any, dtype: str) -> Any:
-    """silu(gate) * up of float32 sums, rounded as if they had been written."""
-    g = T.cast(T.cast(gate, dtype), "float32")
-    u = T.cast(T.cast(up, dtype), "float32")
-    return T.cast(g / (T.float32(1) + T.exp(-g)) * u, dtype)
-
-
 def experts_up(
     *,
     tokens: int | None,
@@ -183,7 +172,7 @@ def experts_up(
                                 g = g + shuffle_xor(g, T.shift_right(warp // 2, s), warp)
                                 u = u + shuffle_xor(u, T.shift_right(warp // 2, s), warp)
                             if tid % warp == 0:
-                                h[slot, row] = _silu_mul(g, u, dtype)
+                                h[slot, row] = silu_mul(g, u, dtype)
 
     return experts_up
 
@@ -289,7 +278,7 @@ def _dot(x, source_row, weight, scale, row, acc, lane, lanes, width, unit, group
                         scale[row, (step * unit + w * 8) // group], "float32"
                     )
                     for i in T.vectorized(8):
-                        acc[w * 8 + i] = acc[w * 8 + i] + factor * _nibble(word, i) * T.cast(
+                        acc[w * 8 + i] = acc[w * 8 + i] + factor * nibble(word, i) * T.cast(
                             x[source_row, step * unit + w * 8 + i], "float32"
                         )
             else:
@@ -314,7 +303,7 @@ def _dot(x, source_row, weight, scale, row, acc, lane, lanes, width, unit, group
                         scale[row, (first + c * 8) // group], "float32"
                     )
                     for i in T.unroll(8):
-                        acc[c * 8 + i] = acc[c * 8 + i] + factor * _nibble(words[c], i) * T.cast(
+                        acc[c * 8 + i] = acc[c * 8 + i] + factor * nibble(words[c], i) * T.cast(
                             xs[c * 8 + i], "float32"
                         )
             else:
@@ -428,7 +417,7 @@ def experts_grouped(
                 for i in T.unroll(8):
                     # Rounded as the kernels that unpack to memory round.
                     shared[kind, at % 4 * 8 + i, at // 4] = T.cast(
-                        T.cast(_nibble(word, i) * factor, dtype), "float32"
+                        T.cast(nibble(word, i) * factor, dtype), "float32"
                     )
             else:
                 eight = T.alloc_buffer((8,), dtype, scope="local")
@@ -513,12 +502,10 @@ def experts_grouped(
                                     for j in T.unroll(4):
                                         if block * TILE + tid % 16 * 4 + j < rows:
                                             if gated:
-                                                y[slot, block * TILE + tid % 16 * 4 + j] = (
-                                                    _silu_mul(
-                                                        acc[i * 4 + j],
-                                                        acc[(kinds - 1) * 16 + i * 4 + j],
-                                                        dtype,
-                                                    )
+                                                y[slot, block * TILE + tid % 16 * 4 + j] = silu_mul(
+                                                    acc[i * 4 + j],
+                                                    acc[(kinds - 1) * 16 + i * 4 + j],
+                                                    dtype,
                                                 )
                                             else:
                                                 y[slot, block * TILE + tid % 16 * 4 + j] = T.cast(

@@ -18,7 +18,7 @@ from tvm.script import tirx as T
 
 from shardwright.errors import UsageError
 
-from .common import SCHEDULED, launch_dependents, shuffle_xor, wait_for_inputs
+from .common import SCHEDULED, launch_dependents, shuffle_xor, silu_mul, wait_for_inputs
 
 WARP = 32
 WARPS = 8  # of a block
@@ -65,7 +65,7 @@ def _fma2(a: Any, b: Any, acc: Any) -> Any:
 
 @dataclass(frozen=True)
 class Plan:
-    """`rows` of a warp, warps that `split` the inner dimension, units in flight per row."""
+    """`rows` of a warp (AMD: a wave), warps that `split` the inner dimension, units in flight."""
 
     rows: int
     split: int
@@ -168,9 +168,7 @@ def _gemv(
         """What is written: a sum, or silu(gate) * value of the sums rounded as if written."""
         if not gated:
             return T.cast(gate, out_dtype)
-        g = T.cast(T.cast(gate, out_dtype), "float32")
-        v = T.cast(T.cast(value, out_dtype), "float32")
-        return T.cast(g / (T.float32(1) + T.exp(-g)) * v, out_dtype)
+        return silu_mul(gate, value, out_dtype)
 
     @T.inline
     def read(source, registers, row0, first, it, tid):

@@ -10,7 +10,6 @@ as well. x lies in shared memory. Products are summed in float32, two at a time 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -18,20 +17,12 @@ from tvm.script import tirx as T
 
 from shardwright.errors import UsageError
 
-from .common import SCHEDULED, shuffle_xor, warp_size_of
+from .common import SCHEDULED, shuffle_xor, silu_mul, warp_size_of
+from .gemv import Plan
 
 THREADS = 256  # of a block
 SHARED_BYTES = 16 * 1024  # of x at a time; three blocks fit into a compute unit
 FULL_GPU = 96 * 16  # waves that keep the memory of a large GPU busy: not measured, a guess
-
-
-@dataclass(frozen=True)
-class Plan:
-    """`rows` of a wave, waves that `split` the inner dimension, units in flight per row."""
-
-    rows: int
-    split: int
-    unroll: int
 
 
 def plan(*, batch: int, out_features: int, units: int, wave: int) -> Plan:
@@ -139,9 +130,7 @@ def _gemv(
         """What is written: a sum, or silu(gate) * value of the sums rounded as if written."""
         if not gated:
             return T.cast(gate, out_dtype)
-        g = T.cast(T.cast(gate, out_dtype), "float32")
-        v = T.cast(T.cast(value, out_dtype), "float32")
-        return T.cast(g / (T.float32(1) + T.exp(-g)) * v, out_dtype)
+        return silu_mul(gate, value, out_dtype)
 
     @T.inline
     def read(source, registers, row0, first, it, tid, width):

@@ -14,7 +14,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, extent, for_blocks, for_threads, is_gpu
+from .common import SCHEDULED, extent, for_blocks, for_threads, is_gpu, nibble
 from .gemv import gemv, q4_gemv
 
 __all__ = ["gemv", "matmul_cpu", "q4_dequantize", "q4_gemv", "q4_take"]
@@ -117,14 +117,7 @@ def q4_take(
                                 scale[row, (tid + i * threads) * 8 // group], "float32"
                             )
                             for l in T.unroll(8):
-                                nibble = T.meta_var(
-                                    T.bitwise_and(
-                                        T.shift_right(word, T.cast(l * 4, "uint32")), T.uint32(15)
-                                    )
-                                )
-                                unpacked[l] = T.cast(
-                                    T.cast(T.cast(nibble, "int32") - 7, "float32") * factor, dtype
-                                )
+                                unpacked[l] = T.cast(nibble(word, l) * factor, dtype)
                             for l in T.vectorized(8):
                                 out[t, (tid + i * threads) * 8 + l] = unpacked[l]
                     else:
@@ -168,14 +161,7 @@ def q4_dequantize(
                                 scale[row, column * 8 // group], "float32"
                             )
                             for l in T.unroll(8):
-                                nibble = T.meta_var(
-                                    T.bitwise_and(
-                                        T.shift_right(word, T.cast(l * 4, "uint32")), T.uint32(15)
-                                    )
-                                )
-                                unpacked[l] = T.cast(
-                                    T.cast(T.cast(nibble, "int32") - 7, "float32") * factor, dtype
-                                )
+                                unpacked[l] = T.cast(nibble(word, l) * factor, dtype)
                             for l in T.vectorized(8 if dtype == "float16" else 4):
                                 out[row, column * 8 + l] = unpacked[l]
                             if dtype == "float32":
