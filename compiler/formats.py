@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,6 @@ class Format:
     def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
         self.checkpoint, self.dtype = checkpoint, dtype
         self.config: dict[str, Any] = checkpoint.config["quantization_config"]
-        self._quantized: dict[str, Quantized] = {}
         self.read_config()
 
     def read_config(self) -> None:
@@ -70,13 +70,45 @@ class Format:
         self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], config: Any
     ) -> Quantized | None:
         """How weight `name`, of `shape` in the checkpoint, is quantized; None if it is plain."""
-        module = name.removesuffix(".weight").replace("{}", "0")  # experts are quantized alike
-        if len(shape) != 2 or not name.endswith(".weight") or not self.is_quantized(module):
+        if len(shape) != 2 or not name.endswith(".weight"):
+            return None
+        first, *others = self._modules(name.removesuffix(".weight"))
+        how = self._module_quantized(first, shape)
+        for module in others:
+            if self._module_quantized(module, shape) != how:
+                raise ConfigError(
+                    f"{self.checkpoint.root}: {module} is quantized otherwise than {first}; "
+                    "experts of one layer must be quantized alike"
+                )
+        if how is None:
+            return None
+        packing, order = how
+        return Quantized(packing, None if order is None else np.frombuffer(order, np.int64))
+
+    def _modules(self, name: str) -> list[str]:
+        """The modules that `name` stands for: with `{}` in it those of all experts."""
+        if "{}" not in name:
+            return [name]
+        found = [name.format(0)]
+        while name.format(len(found)) in self._known_modules:
+            found.append(name.format(len(found)))
+        return found
+
+    @cached_property
+    def _known_modules(self) -> frozenset[str]:
+        return frozenset(tensor.rpartition(".")[0] for tensor in self.checkpoint.tensors)
+
+    def _module_quantized(
+        self, module: str, shape: tuple[int, ...]
+    ) -> tuple[Packing, bytes | None] | None:
+        """Format and act-order of a module, None if it is plain."""
+        if not self.is_quantized(module):
             return None
         packing = self.packing(module, shape)
         if self.dtype == "float32":
             packing = replace(packing, scale_dtype="float32")
-        return Quantized(packing, self.order(module, shape[1]))
+        order = self.order(module, shape[1])
+        return packing, None if order is None else order.tobytes()
 
     def is_quantized(self, module: str) -> bool:
         """Whether `module` is quantized."""

@@ -255,20 +255,34 @@ def quantize(mod: tvm.IRModule, weights: Weights) -> tvm.IRModule:
 
 
 def _quantized_experts(rw: Rewriter, call: relax.Call, weights: Weights) -> relax.Expr | None:
-    """`q4_experts`, or `q4_local_experts`, where the experts are quantized; their only format."""
-    packed = [x for x in operands_of(call) if x in rw.replaced]
-    for x in packed:
-        columns = weights.table[x.name].columns
-        if columns and (columns.moved is not None or not columns.packing.is_q4(str(x.ty.dtype))):
-            raise ConfigError(
-                f"{x.name}: experts in this format have no kernels; build with --quantization "
-                "q4f16_1 or q0f16"
-            )
-    if not packed:
+    """`quantized_experts(x, gate, up, down, ids, weights[, rank])`, each weight by its tensors.
+
+    At the end are `Packing.attributes` of the three and whether it has zero points; zeros for a
+    plain one.
+    """
+    x, gate, up, down, *rest = operands_of(call)
+    if not any(w in rw.replaced for w in (gate, up, down)):
         return None
-    args = [t for x in operands_of(call) for t in rw.replaced.get(x, [rw.local(x)])]
-    name = op_name(call).replace(".", ".q4_")
-    return relax.call_dps_packed(name, relax.Tuple(args), out_ty=call.ty)
+    tensors, attributes, packings = list[relax.Expr](), list[int](), []
+    for weight in (gate, up, down):
+        columns = weights.table[weight.name].columns
+        if columns is not None and columns.moved is not None:
+            raise ConfigError(
+                f"{weight.name}: experts in act-order (desc_act) are not supported; use a "
+                "quantization of the model without it"
+            )
+        packing = columns.packing if columns is not None else None
+        packings.append(packing)
+        tensors += rw.replaced.get(weight, [rw.local(weight)])
+        attributes += (*packing.attributes(), int(packing.zeros)) if packing else (0, 0, 0, 0)
+    if packings[0] != packings[1]:
+        raise ConfigError(
+            f"{gate.name} and {up.name} are quantized in two formats; use a quantization of the "
+            "model that has one for both"
+        )
+    numbers = [relax.prim_value(tirx.IntImm("int64", a)) for a in attributes]
+    args = [rw.local(x), *tensors, *map(rw.local, rest), *numbers]
+    return relax.call_dps_packed("shardwright.quantized_experts", relax.Tuple(args), out_ty=call.ty)
 
 
 def _take_columns(rw: Rewriter, x: relax.Expr, index: relax.Var) -> relax.Var:

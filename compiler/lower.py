@@ -590,17 +590,40 @@ def _route(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
 
 
 def _experts(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
-    """The products with routed experts, plain or in four bits.
-
-    Operands are x, gate, up and down, each with its scales where it has some, ids, weights and,
-    where a rank has whole experts, its number.
+    """The products with routed experts: x, gate, up, down, ids, weights and, where a rank has whole
+    experts, its number.
     """
-    x, *rest = args
-    at = next(i for i, t in enumerate(rest) if str(t.ty.dtype) == "int32")
-    flat, (ids, weights, *ranks) = rest[:at], rest[at:]
-    per = at // 3
-    # A plain weight stands for its scales, which its kernels do not read.
-    gate, up, down = ((flat[i], flat[i + per - 1]) for i in range(0, at, per))
+    x, gate, up, down, *rest = args
+    plain: list[_Expert] = [([w] * 3, None) for w in (gate, up, down)]
+    return _expert_products(k, call, x, plain, rest)
+
+
+def _quantized_experts(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """The same, as `linear.quantize` leaves them."""
+    x, *tensors = args[:-12]
+    found: list[_Expert] = []
+    for i in range(-12, 0, 4):
+        *attributes, zeros = args[i : i + 4 or None]
+        count = 2 + _value(zeros) if _value(attributes[0]) else 1
+        parts, tensors = tensors[:count], tensors[count:]
+        packing = _packing(parts[0], parts[1:], attributes)[0] if count > 1 else None
+        found.append((parts + parts[-1:] * (3 - count), packing))
+    return _expert_products(k, call, x, found, tensors)
+
+
+_Expert = tuple[list[relax.Expr], Packing | None]
+"""Three tensors of a weight, as `kernels/experts.py` takes them, and their format."""
+
+
+def _expert_products(
+    k: _Kernels,
+    call: relax.Call,
+    x: relax.Expr,
+    weights: list[_Expert],
+    rest: list[relax.Expr],
+) -> relax.Expr:
+    (gate, packing), (up, _), (down, down_packing) = weights
+    ids, factors, *ranks = rest
     # Experts that are not shared out begin at 0, as rank 0's do.
     rank = ranks[0] if ranks else relax.const([0], "int32")
     n, features = shape_of(x)
@@ -609,31 +632,39 @@ def _experts(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Exp
     rows = shape_of(gate[0])[0] // count
     common = {"top": top, "experts": count, "dtype": dtype, "target": k.target}
 
-    def product(weight: tuple[relax.Expr, relax.Expr], rows: int, width: int) -> dict[str, Any]:
-        """Shapes of a product with x of `width` columns."""
-        cols = shape_of(weight[0])[1] * (8 if per == 2 else 1)
-        group = cols // shape_of(weight[1])[1] if per == 2 else 0
-        return {"rows": rows, "cols": cols, "width": width, "group": group, **common}
+    def padded(x: relax.Expr, weight: relax.Expr, packing: Packing | None) -> relax.Expr:
+        """x as wide as the weight, which has whole groups."""
+        cols = shape_of(weight)[1] * (packing.per_word if packing else 1)
+        missing = cols - shape_of(x)[1]
+        return k.bb.emit(relax.op.nn.pad(x, [0, 0, 0, missing])) if missing else x
 
-    into, out = product(gate, rows, features), product(down, features, rows)
+    def product(x: relax.Expr, rows: int, packing: Packing | None) -> dict[str, Any]:
+        return {"rows": rows, "cols": shape_of(x)[1], "packing": packing, **common}
+
+    x = padded(x, gate[0], packing)
+    into = product(x, rows, packing)
     slots = relax.TensorType([n * top, rows], dtype)
     tokens = _tokens(k, x)
     if k.target == "cpu" or (tokens is not None and tokens <= GEMV_MAX_BATCH):
         kernel = k.kernel(experts.experts_up, tokens=tokens, **into)
         h = k.bb.emit(relax.call_tir(kernel, [x, *gate, *up, ids, rank], slots))
+        h = padded(h, down[0], down_packing)
+        out = product(h, features, down_packing)
         kernel = k.kernel(experts.experts_down, tokens=tokens, **out)
-        return relax.call_tir(kernel, [h, *down, ids, weights, rank], call.ty)
+        return relax.call_tir(kernel, [h, *down, ids, factors, rank], call.ty)
     kernel = k.kernel(experts.expert_order, tokens=tokens, top=top, experts=count, target=k.target)
     types = [relax.TensorType([n * top], "int32"), relax.TensorType([count + 1], "int32")]
     both = k.bb.emit(relax.call_tir(kernel, [ids, rank], types))
     order = [k.bb.emit(relax.TupleGetItem(both, i)) for i in range(2)]
     kernel = k.kernel(experts.experts_grouped, tokens=tokens, gated=True, **into)
     h = k.bb.emit(relax.call_tir(kernel, [x, *gate, *up, *order], slots))
+    h = padded(h, down[0], down_packing)
+    out = product(h, features, down_packing)
     kernel = k.kernel(experts.experts_grouped, tokens=tokens, gated=False, **out)
     whole = relax.TensorType([n * top, features], dtype)
     y = k.bb.emit(relax.call_tir(kernel, [h, *down, *down, *order], whole))
     kernel = k.kernel(experts.experts_sum, tokens=tokens, features=features, **common)
-    return relax.call_tir(kernel, [y, ids, weights, rank], call.ty)
+    return relax.call_tir(kernel, [y, ids, factors, rank], call.ty)
 
 
 def _embed(k: _Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
@@ -732,8 +763,7 @@ LOWERINGS: dict[str, Lowering] = {
     "shardwright.route": _route,
     "shardwright.experts": _experts,
     "shardwright.local_experts": _experts,
-    "shardwright.q4_experts": _experts,
-    "shardwright.q4_local_experts": _experts,
+    "shardwright.quantized_experts": _quantized_experts,
     "shardwright.embed": _embed,
     "shardwright.q4_embed": _q4_embed,
     "shardwright.quantized_linear": _quantized_linear,

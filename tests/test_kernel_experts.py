@@ -1,13 +1,14 @@
 """Routing and products with experts against float64 numpy, on the CPU; CUDA source for GPUs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tvm
 from tvm.target import Target
 
 from shardwright.compiler.kernels import experts
-from shardwright.compiler.packing import Packing, pack
-from shardwright.compiler.quantization import quantize
+from shardwright.compiler.packing import Packing, dequantize, pack
 
 
 def build(func):
@@ -44,36 +45,71 @@ def test_route(count, top, normalize):
     np.testing.assert_allclose(weights, p, rtol=1e-5)
 
 
-def pair(weight, group):
-    """A weight and its scales, or itself twice; and what it stands for."""
-    if not group:
-        flat = weight.reshape(-1, weight.shape[-1])
-        return (flat, flat), weight.astype("float64")
-    cols = weight.shape[-1]
-    packing = Packing(4, group, offset=7)
-    codes, scales = quantize(weight.reshape(-1, cols), packing)
-    whole = (codes.astype("float64") - 7) * np.repeat(scales.astype("float64"), group, axis=1)
-    return (pack(codes, 4), scales), whole.reshape(weight.shape)
+# Every kind of format: scales of 16 and 32 bits, zero points, words of 4, 8 and 10 codes.
+FORMATS = {
+    "plain": None,
+    "q4": Packing(4, 32, offset=7),
+    "q4-small-groups": Packing(4, 8, offset=7),
+    "q4-zeros": Packing(4, 16, zeros=True),
+    "q3": Packing(3, 40, offset=3),
+    "q8": Packing(8, 32, offset=128, scale_dtype="float32"),
+    "q8-zeros": Packing(8, 4, zeros=True),
+    "e4m3-rows": Packing(8, 0, code="e4m3", scale_dtype="float32"),
+    "e4m3-blocks": Packing(8, 32, code="e4m3", scale_dtype="float32"),
+}
+
+
+def packing_of(name, cols):
+    packing = FORMATS[name]
+    return replace(packing, group=cols) if packing and not packing.group else packing
+
+
+def width_of(name, cols):
+    """`cols`, padded to whole groups."""
+    packing = packing_of(name, cols)
+    return cols + (-cols % packing.group if packing else 0)
+
+
+def tensors_of(rng, packing, shape, dtype):
+    """The three tensors of a random weight `[experts, rows, cols]`, and what it stands for."""
+    experts, rows, cols = shape
+    if packing is None:
+        weight = (rng.standard_normal(shape) * cols**-0.5).astype(dtype)
+        return [weight.reshape(-1, cols)] * 3, weight.astype("float64")
+    codes = rng.integers(0, 1 << packing.bits, (experts * rows, cols)).astype(np.uint8)
+    if packing.code == "e4m3":
+        codes[(codes & 0x7F) == 0x7F] = 0x01  # the smallest number instead of NaN
+    largest = 448 if packing.code == "e4m3" else 1 << packing.bits
+    side = (experts * rows, cols // packing.group)
+    scale = (rng.uniform(-2, 2, side) / largest * cols**-0.5).astype(packing.scale_dtype)
+    zero = rng.integers(0, 1 << packing.bits, side).astype(packing.scale_dtype)
+    zero = zero if packing.zeros else None
+    words = pack(codes, packing.bits)
+    values = dequantize(words, scale, zero, packing)
+    return [words, scale, scale if zero is None else zero], values.reshape(shape)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize(("group", "dtype"), [(0, "float32"), (0, "float16"), (32, "float16")])
-def test_products_with_chosen_experts(group, dtype, rank):
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_with_chosen_experts(name, dtype, rank):
     """Of six experts a rank has three; slots of the others count for nothing."""
     rng = np.random.default_rng(0)
-    n, top, held, inner, mlp = 5, 2, 3, 64, 96
+    n, top, held = 5, 2, 3
+    inner, mlp = width_of(name, 64), width_of(name, 96)
     ids = np.stack([rng.permutation(6)[:top] for _ in range(n)]).astype("int32")
     weights = rng.random((n, top)).astype("float32")
     x = rng.standard_normal((n, inner)).astype(dtype)
-    shapes = [(held, mlp, inner), (held, mlp, inner), (held, inner, mlp)]
-    raw = [rng.standard_normal(s).astype(dtype) * dtype_scale(s) for s in shapes]
-    (gate, wg), (up, wu), (down, wd) = (pair(w.astype(dtype), group) for w in raw)
-    common = dict(tokens=None, top=top, experts=held, group=group, dtype=dtype, target="cpu")
+    into, out_of = packing_of(name, inner), packing_of(name, mlp)
+    gate, wg = tensors_of(rng, into, (held, mlp, inner), dtype)
+    up, wu = tensors_of(rng, into, (held, mlp, inner), dtype)
+    down, wd = tensors_of(rng, out_of, (held, inner, mlp), dtype)
+    common = dict(tokens=None, top=top, experts=held, dtype=dtype, target="cpu")
     h, out = np.zeros((n * top, mlp), dtype), np.zeros((n, inner), dtype)
     number = np.array([rank], "int32")
-    first = build(experts.experts_up(rows=mlp, cols=inner, width=inner, **common))
+    first = build(experts.experts_up(rows=mlp, cols=inner, packing=into, **common))
     first(x, *gate, *up, ids, number, h)
-    second = build(experts.experts_down(rows=inner, cols=mlp, width=mlp, **common))
+    second = build(experts.experts_down(rows=inner, cols=mlp, packing=out_of, **common))
     second(h, *down, ids, weights, number, out)
 
     want = np.zeros((n, inner))
@@ -87,10 +123,6 @@ def test_products_with_chosen_experts(group, dtype, rank):
     np.testing.assert_allclose(out, want, atol=tolerance, rtol=tolerance)
 
 
-def dtype_scale(shape):
-    return shape[-1] ** -0.5
-
-
 def source(func):
     mod = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
     pending = [tvm.compile(mod, Target({"kind": "cuda", "arch": "sm_90a"}, host="llvm")).mod]
@@ -102,10 +134,11 @@ def source(func):
     raise AssertionError("no CUDA module")
 
 
-@pytest.mark.parametrize("group", [0, 32])
-def test_cuda_source(group):
-    common = dict(top=2, experts=4, group=group, dtype="float16", target="cuda")
-    product = dict(rows=96, cols=64, width=64, **common)
+@pytest.mark.parametrize("name", FORMATS)
+def test_cuda_source(name):
+    common = dict(top=2, experts=4, dtype="float16", target="cuda")
+    cols = width_of(name, 64)
+    product = dict(rows=96, cols=cols, packing=packing_of(name, cols), **common)
     assert "__shfl_xor_sync" in source(experts.experts_up(tokens=2, **product))
     assert "__shfl_xor_sync" in source(experts.experts_down(tokens=2, **product))
     for gated in (True, False):

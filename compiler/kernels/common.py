@@ -17,6 +17,8 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
+from shardwright.compiler.packing import Packing
+
 SCHEDULED: dict[str, Any] = {
     # Neither dlight nor the default GPU schedule may touch it.
     "tirx.is_scheduled": True,
@@ -164,3 +166,20 @@ def nibble(word: Any, i: Any) -> Any:
     """Four-bit element i of a word of `matmul.py`'s format as float32, before its scale."""
     bits = T.bitwise_and(T.shift_right(word, T.cast(i * 4, "uint32")), T.uint32(15))
     return T.cast(T.cast(bits, "int32") - 7, "float32")
+
+
+def element(word: Any, index: Any, packing: Packing) -> Any:
+    """Element `index` of a word as float32, before its zero point and scale.
+
+    Small integers are or-ed into the last bits of 1024 in half precision, since conversions from
+    integers are slow on GPUs. The bits of an e4m3 number, moved, are a half that is 2 ** -8 of it.
+    """
+    bits = T.shift_right(word, T.cast(index * packing.bits, "uint32"))
+    if packing.code == "e4m3":
+        sign = T.shift_left(T.bitwise_and(bits, T.uint32(0x80)), T.uint32(8))
+        rest = T.shift_left(T.bitwise_and(bits, T.uint32(0x7F)), T.uint32(7))
+        half = T.reinterpret("float16", T.cast(T.bitwise_or(sign, rest), "uint16"))
+        return T.cast(half, "float32") * T.float32(256)
+    masked = T.bitwise_and(bits, T.uint32((1 << packing.bits) - 1))
+    half = T.reinterpret("float16", T.cast(T.bitwise_or(masked, T.uint32(0x6400)), "uint16"))
+    return T.cast(half, "float32") - T.float32(1024 + packing.offset)

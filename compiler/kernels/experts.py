@@ -2,11 +2,11 @@
 # (TVMScript is parsed, never run, so it has no Python types.)
 """Products with the experts that a router chose, and the choice itself.
 
-Slot s of `n * top` is choice `s % top` of token `s // top`. A weight is `[experts * rows, cols]`,
-or in four bits, as `matmul.py` has it, words `[experts * rows, cols / 8]` and scales
-`[experts * rows, cols / group]`. Every weight comes with its scales; for a plain one (`group` 0)
-they are the weight again, and not read. The experts of a rank are those from `rank * experts` on.
-Slots of others are skipped: what is written of them is not read, and in the sum they are zero.
+Slot s of `n * top` is choice `s % top` of token `s // top`. A weight `[experts * rows, cols]` is
+three tensors in any format of `packing`: words, scales and zero points. In place of those that a
+format does not have stands the one before, which is not read; a plain weight (no packing) stands
+there three times. The experts of a rank are those from `rank * experts` on. Slots of others are
+skipped: what is written of them is not read, and in the sum they are zero.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from shardwright.errors import UsageError
+from shardwright.compiler.packing import Packing
 
 from .common import (
     SCHEDULED,
+    element,
     extent,
     for_blocks,
     for_threads,
     is_gpu,
     lanes_for,
-    nibble,
     shuffle_xor,
     silu_mul,
     warp_size_of,
@@ -93,14 +93,15 @@ def route(
     return route
 
 
-def _weight_shapes(
-    experts: int, rows: int, cols: int, group: int, dtype: str
-) -> tuple[tuple[tuple[int, int], str], tuple[tuple[int, int], str]]:
-    """Shapes and dtypes of a weight and its scales."""
-    if not group:
-        plain = ((experts * rows, cols), dtype)
-        return plain, plain
-    return ((experts * rows, cols // 8), "uint32"), ((experts * rows, cols // group), dtype)
+Buffer = tuple[tuple[int, int], str]
+
+
+def _buffers(rows: int, cols: int, packing: Packing | None, dtype: str) -> list[Buffer]:
+    """Shapes and dtypes of the three tensors of a weight `[rows, cols]`."""
+    if packing is None:
+        return [((rows, cols), dtype)] * 3
+    side = ((rows, cols // packing.group), packing.scale_dtype)
+    return [((rows, cols // packing.per_word), "uint32"), side, side]
 
 
 def experts_up(
@@ -110,41 +111,43 @@ def experts_up(
     experts: int,
     rows: int,
     cols: int,
-    width: int,
-    group: int,
+    packing: Packing | None,
     dtype: str,
     target: Any,
 ) -> tirx.PrimFunc:
     """The gated product of each slot: `silu(x @ gate.T) * (x @ up.T)`.
 
-    `(x [n,width], gate, gate_scale, up, up_scale, ids [n,top] i32, rank [1] i32) ->
-    h [n*top, rows]`. `cols` is `width`, padded for whole groups. On a GPU for few tokens: a warp
-    takes a row of both weights.
+    `(x [n,cols], gate (3), up (3), ids [n,top] i32, rank [1] i32) -> h [n*top, rows]`. On a GPU for
+    few tokens: a warp takes a row of both weights.
     """
     n = extent(tokens)
     gpu = is_gpu(target)
     warp = warp_size_of(target)
     per_block = THREADS // warp if gpu else 1
-    weight, scale = _weight_shapes(experts, rows, cols, group, dtype)
-    unit = _unit(width, group, gpu, dtype)
+    words, scales, zeros = _buffers(experts * rows, cols, packing, dtype)
+    unit = _unit(cols, packing, gpu, dtype)
 
     @T.prim_func(s_tir=True)
     def experts_up(
         x_h: T.handle,
         gate_h: T.handle,
         gate_scale_h: T.handle,
+        gate_zero_h: T.handle,
         up_h: T.handle,
         up_scale_h: T.handle,
+        up_zero_h: T.handle,
         ids_h: T.handle,
         rank_h: T.handle,
         h_h: T.handle,
     ):
         T.func_attr(SCHEDULED)
-        x = T.match_buffer(x_h, (n, width), dtype)
-        gate = T.match_buffer(gate_h, *weight)
-        gate_scale = T.match_buffer(gate_scale_h, *scale)
-        up = T.match_buffer(up_h, *weight)
-        up_scale = T.match_buffer(up_scale_h, *scale)
+        x = T.match_buffer(x_h, (n, cols), dtype)
+        gate = T.match_buffer(gate_h, *words)
+        gate_scale = T.match_buffer(gate_scale_h, *scales)
+        gate_zero = T.match_buffer(gate_zero_h, *zeros)
+        up = T.match_buffer(up_h, *words)
+        up_scale = T.match_buffer(up_scale_h, *scales)
+        up_zero = T.match_buffer(up_zero_h, *zeros)
         ids = T.match_buffer(ids_h, (n, top), "int32")
         rank = T.match_buffer(rank_h, (1,), "int32")
         h = T.match_buffer(h_h, (n * top, rows), dtype)
@@ -159,10 +162,10 @@ def experts_up(
                         if expert >= 0 and expert < experts and row < rows:
                             a = T.alloc_buffer((unit,), "float32", scope="local")
                             b = T.alloc_buffer((unit,), "float32", scope="local")
-                            _dot(x, slot // top, gate, gate_scale, expert * rows + row, a,
-                                 tid % warp, warp, width, unit, group, dtype)  # fmt: skip
-                            _dot(x, slot // top, up, up_scale, expert * rows + row, b,
-                                 tid % warp, warp, width, unit, group, dtype)  # fmt: skip
+                            _dot(x, slot // top, gate, gate_scale, gate_zero, expert * rows + row,
+                                 a, tid % warp, warp, cols, unit, packing, dtype)  # fmt: skip
+                            _dot(x, slot // top, up, up_scale, up_zero, expert * rows + row,
+                                 b, tid % warp, warp, cols, unit, packing, dtype)  # fmt: skip
                             g: T.float32 = T.float32(0)
                             u: T.float32 = T.float32(0)
                             for i in T.unroll(unit):
@@ -184,37 +187,38 @@ def experts_down(
     experts: int,
     rows: int,
     cols: int,
-    width: int,
-    group: int,
+    packing: Packing | None,
     dtype: str,
     target: Any,
 ) -> tirx.PrimFunc:
     """The weighted sum of the slots' products: `sum over k of weights[:, k] * (h @ down.T)`.
 
-    `(h [n*top,width], down, scale, ids [n,top] i32, weights [n,top] f32, rank [1] i32) ->
+    `(h [n*top,cols], down (3), ids [n,top] i32, weights [n,top] f32, rank [1] i32) ->
     out [n, rows]`; as `experts_up`.
     """
     n = extent(tokens)
     gpu = is_gpu(target)
     warp = warp_size_of(target)
     per_block = THREADS // warp if gpu else 1
-    weight, scale = _weight_shapes(experts, rows, cols, group, dtype)
-    unit = _unit(width, group, gpu, dtype)
+    words, scales, zeros = _buffers(experts * rows, cols, packing, dtype)
+    unit = _unit(cols, packing, gpu, dtype)
 
     @T.prim_func(s_tir=True)
     def experts_down(
         h_h: T.handle,
         down_h: T.handle,
         down_scale_h: T.handle,
+        down_zero_h: T.handle,
         ids_h: T.handle,
         weights_h: T.handle,
         rank_h: T.handle,
         out_h: T.handle,
     ):
         T.func_attr(SCHEDULED)
-        h = T.match_buffer(h_h, (n * top, width), dtype)
-        down = T.match_buffer(down_h, *weight)
-        down_scale = T.match_buffer(down_scale_h, *scale)
+        h = T.match_buffer(h_h, (n * top, cols), dtype)
+        down = T.match_buffer(down_h, *words)
+        down_scale = T.match_buffer(down_scale_h, *scales)
+        down_zero = T.match_buffer(down_zero_h, *zeros)
         ids = T.match_buffer(ids_h, (n, top), "int32")
         weights = T.match_buffer(weights_h, (n, top), "float32")
         rank = T.match_buffer(rank_h, (1,), "int32")
@@ -232,8 +236,9 @@ def experts_down(
                             for k in T.serial(top):
                                 expert: T.let[T.int32] = ids[t, k] - rank[0] * experts
                                 if expert >= 0 and expert < experts:
-                                    _dot(h, t * top + k, down, down_scale, expert * rows + row, a,
-                                         tid % warp, warp, width, unit, group, dtype)  # fmt: skip
+                                    _dot(h, t * top + k, down, down_scale, down_zero,
+                                         expert * rows + row, a, tid % warp, warp, cols, unit,
+                                         packing, dtype)  # fmt: skip
                                     for i in T.unroll(unit):
                                         total = total + weights[t, k] * a[i]
                             for s in T.unroll(warp.bit_length() - 1):
@@ -246,13 +251,11 @@ def experts_down(
     return experts_down
 
 
-def _unit(width: int, group: int, gpu: bool, dtype: str) -> int:
-    """Elements that a thread takes at once: 16 bytes of a weight on a GPU."""
-    widest = (32 if group else 8 if dtype == "float16" else 4) if gpu else 16
-    unit = lanes_for(width, widest)
-    if group and unit < 8:
-        raise UsageError(f"experts of {width} elements; use a multiple of 8")
-    return unit
+def _unit(cols: int, packing: Packing | None, gpu: bool, dtype: str) -> int:
+    """Elements that a thread takes at once: 16 bytes of a weight on a GPU, within one group."""
+    if packing is not None:
+        return packing.unit
+    return lanes_for(cols, (8 if dtype == "float16" else 4) if gpu else 16)
 
 
 def _slots(count: Any, gpu: bool) -> Any:
@@ -265,54 +268,53 @@ def _each(count: Any, gpu: bool) -> Any:
 
 
 @T.inline
-def _dot(x, source_row, weight, scale, row, acc, lane, lanes, width, unit, group, dtype):
+def _dot(x, source_row, weight, scale, zero, row, acc, lane, lanes, cols, unit, packing, dtype):
     """Every thread's part of a row's product with x, spread over `acc`."""
     for i in T.unroll(unit):
         acc[i] = T.float32(0)
-    if lanes == 1:
-        for step in T.serial(width // unit):
-            if group > 0:
-                for w in T.unroll(unit // 8):
-                    word: T.let[T.uint32] = weight[row, step * (unit // 8) + w]
-                    factor: T.let[T.float32] = T.cast(
-                        scale[row, (step * unit + w * 8) // group], "float32"
-                    )
-                    for i in T.vectorized(8):
-                        acc[w * 8 + i] = acc[w * 8 + i] + factor * nibble(word, i) * T.cast(
-                            x[source_row, step * unit + w * 8 + i], "float32"
-                        )
-            else:
+    for step in T.serial((cols // unit + lanes - 1 - lane) // lanes):
+        first: T.let[T.int32] = T.cast((step * lanes + lane) * unit, "int32")
+        if packing is None:
+            if lanes == 1:
                 for i in T.vectorized(unit):
-                    acc[i] = acc[i] + T.cast(weight[row, step * unit + i], "float32") * T.cast(
-                        x[source_row, step * unit + i], "float32"
+                    acc[i] = acc[i] + T.cast(weight[row, first + i], "float32") * T.cast(
+                        x[source_row, first + i], "float32"
                     )
-    else:
-        words = T.alloc_buffer((T.max(unit // 8, 1),), "uint32", scope="local")
-        values = T.alloc_buffer((unit,), dtype, scope="local")
-        xs = T.alloc_buffer((unit,), dtype, scope="local")
-        for step in T.serial((width // unit + lanes - 1 - lane) // lanes):
-            first: T.let[T.int32] = T.cast((step * lanes + lane) * unit, "int32")
-            if group > 0:
-                for i in T.vectorized(unit // 8):
-                    words[i] = weight[row, first // 8 + i]
-                for c in T.unroll(unit // 8):
-                    for i in T.vectorized(8):
-                        xs[c * 8 + i] = x[source_row, first + c * 8 + i]
-                for c in T.unroll(unit // 8):
-                    factor: T.let[T.float32] = T.cast(
-                        scale[row, (first + c * 8) // group], "float32"
-                    )
-                    for i in T.unroll(8):
-                        acc[c * 8 + i] = acc[c * 8 + i] + factor * nibble(words[c], i) * T.cast(
-                            xs[c * 8 + i], "float32"
-                        )
             else:
+                values = T.alloc_buffer((unit,), dtype, scope="local")
+                xs = T.alloc_buffer((unit,), dtype, scope="local")
                 for i in T.vectorized(unit):
                     values[i] = weight[row, first + i]
                 for i in T.vectorized(unit):
                     xs[i] = x[source_row, first + i]
                 for i in T.unroll(unit):
                     acc[i] = acc[i] + T.cast(values[i], "float32") * T.cast(xs[i], "float32")
+        else:
+            factor: T.let[T.float32] = T.cast(scale[row, first // packing.group], "float32")
+            origin: T.let[T.float32] = (
+                T.cast(zero[row, first // packing.group], "float32")
+                if packing.zeros
+                else T.float32(0)
+            )
+            if lanes == 1:
+                for w in T.unroll(unit // packing.per_word):
+                    for i in T.vectorized(packing.per_word):
+                        acc[w * packing.per_word + i] = acc[w * packing.per_word + i] + factor * (
+                            element(weight[row, first // packing.per_word + w], i, packing) - origin
+                        ) * T.cast(x[source_row, first + w * packing.per_word + i], "float32")
+            else:
+                read = T.alloc_buffer((unit // packing.per_word,), "uint32", scope="local")
+                some = T.alloc_buffer((unit,), dtype, scope="local")
+                wide = T.meta_var(lanes_for(unit, 8 if dtype == "float16" else 4))
+                for i in T.vectorized(unit // packing.per_word):
+                    read[i] = weight[row, first // packing.per_word + i]
+                for c in T.unroll(unit // wide):
+                    for i in T.vectorized(wide):
+                        some[c * wide + i] = x[source_row, first + c * wide + i]
+                for i in T.unroll(unit):
+                    acc[i] = acc[i] + factor * (
+                        element(read[i // packing.per_word], i % packing.per_word, packing) - origin
+                    ) * T.cast(some[i], "float32")
 
 
 def expert_order(*, tokens: int | None, top: int, experts: int, target: Any) -> tirx.PrimFunc:
@@ -383,78 +385,100 @@ def experts_grouped(
     experts: int,
     rows: int,
     cols: int,
-    width: int,
-    group: int,
+    packing: Packing | None,
     dtype: str,
     gated: bool,
     target: Any,
 ) -> tirx.PrimFunc:
     """Products of many slots at once, those of an expert together, for GPUs.
 
-    `(x, w, w_scale, up, up_scale, order [n*top] i32, begin [E+1] i32) -> y [n*top, rows]`. With
-    `gated`, x is [n,width] and y `silu(x @ w.T) * (x @ up.T)`; else x is [n*top,width], y is
-    `x @ w.T`, and `up` is w again and not read. A block has an expert and `TILE` rows of its
+    `(x, w (3), up (3), order [n*top] i32, begin [E+1] i32) -> y [n*top, rows]`. With `gated`, x is
+    [n,cols] and y `silu(x @ w.T) * (x @ up.T)`; else x is [n*top,cols], y is `x @ w.T`, and `up`
+    is w again and not read. A block has an expert and `TILE` rows of its
     weight, and goes through its slots `TILE` at a time; a thread has 4 x 4 sums, in float32.
     """
     slots = extent(tokens and tokens * top, "slots")
     x_rows = extent(tokens) if gated else slots
-    weight, scale = _weight_shapes(experts, rows, cols, group, dtype)
-    if width % 8:
-        raise UsageError(f"experts of {width} elements; use a multiple of 8")
+    words, scales, zeros = _buffers(experts * rows, cols, packing, dtype)
     kinds = 2 if gated else 1
+    wide = lanes_for(cols, 8 if dtype == "float16" else 4)  # elements read at once
+    # Codes that are unpacked together; ten in a word do not divide what a thread takes.
+    span = 1 if packing is None or packing.per_word > 8 else packing.per_word
 
     @T.inline
-    def load_weight(source, scales, shared, kind, expert, row, column, at):
+    def load_weight(source, scale, zero, shared, kind, expert, row, column, at):
         """Eight elements of a row, transposed, to shared memory; zeros past the end."""
         for i in T.unroll(8):
             shared[kind, at % 4 * 8 + i, at // 4] = T.float32(0)
-        if row < rows and column < width:
-            if group > 0:
-                word: T.let[T.uint32] = source[expert * rows + row, column // 8]
-                factor: T.let[T.float32] = T.cast(
-                    scales[expert * rows + row, column // group], "float32"
-                )
-                for i in T.unroll(8):
-                    # Rounded as the kernels that unpack to memory round.
-                    shared[kind, at % 4 * 8 + i, at // 4] = T.cast(
-                        T.cast(nibble(word, i) * factor, dtype), "float32"
+        if packing is None:
+            for p in T.unroll(8 // wide):
+                if row < rows and column + p * wide < cols:
+                    some = T.alloc_buffer((wide,), dtype, scope="local")
+                    for i in T.vectorized(wide):
+                        some[i] = source[expert * rows + row, column + p * wide + i]
+                    for i in T.unroll(wide):
+                        shared[kind, at % 4 * 8 + p * wide + i, at // 4] = T.cast(
+                            some[i], "float32"
+                        )
+        else:
+            for p in T.unroll(8 // span):
+                c = T.meta_var(column + p * span)
+                if row < rows and c < cols:
+                    word: T.let[T.uint32] = source[expert * rows + row, c // packing.per_word]
+                    factor: T.let[T.float32] = T.cast(
+                        scale[expert * rows + row, c // packing.group], "float32"
                     )
-            else:
-                eight = T.alloc_buffer((8,), dtype, scope="local")
-                for i in T.vectorized(8):
-                    eight[i] = source[expert * rows + row, column + i]
-                for i in T.unroll(8):
-                    shared[kind, at % 4 * 8 + i, at // 4] = T.cast(eight[i], "float32")
+                    origin: T.let[T.float32] = (
+                        T.cast(zero[expert * rows + row, c // packing.group], "float32")
+                        if packing.zeros
+                        else T.float32(0)
+                    )
+                    for i in T.unroll(span):
+                        # Rounded as the kernels that unpack to memory round.
+                        shared[kind, at % 4 * 8 + p * span + i, at // 4] = T.cast(
+                            T.cast(
+                                (element(word, c % packing.per_word + i, packing) - origin)
+                                * factor,
+                                dtype,
+                            ),
+                            "float32",
+                        )
 
     @T.inline
     def load_x(x, shared, order, first, end, column, at):
         for i in T.unroll(8):
             shared[at % 4 * 8 + i, at // 4] = T.float32(0)
-        if first + at // 4 < end and column < width:
+        if first + at // 4 < end:
             source: T.let[T.int32] = order[first + at // 4] // (top if gated else 1)
-            eight = T.alloc_buffer((8,), dtype, scope="local")
-            for i in T.vectorized(8):
-                eight[i] = x[source, column + i]
-            for i in T.unroll(8):
-                shared[at % 4 * 8 + i, at // 4] = T.cast(eight[i], "float32")
+            for p in T.unroll(8 // wide):
+                if column + p * wide < cols:
+                    some = T.alloc_buffer((wide,), dtype, scope="local")
+                    for i in T.vectorized(wide):
+                        some[i] = x[source, column + p * wide + i]
+                    for i in T.unroll(wide):
+                        shared[at % 4 * 8 + p * wide + i, at // 4] = T.cast(some[i], "float32")
 
     @T.prim_func(s_tir=True)
     def experts_grouped(
         x_h: T.handle,
         w_h: T.handle,
         w_scale_h: T.handle,
+        w_zero_h: T.handle,
         up_h: T.handle,
         up_scale_h: T.handle,
+        up_zero_h: T.handle,
         order_h: T.handle,
         begin_h: T.handle,
         y_h: T.handle,
     ):
         T.func_attr(SCHEDULED)
-        x = T.match_buffer(x_h, (x_rows, width), dtype)
-        w = T.match_buffer(w_h, *weight)
-        w_scale = T.match_buffer(w_scale_h, *scale)
-        up = T.match_buffer(up_h, *weight)
-        up_scale = T.match_buffer(up_scale_h, *scale)
+        x = T.match_buffer(x_h, (x_rows, cols), dtype)
+        w = T.match_buffer(w_h, *words)
+        w_scale = T.match_buffer(w_scale_h, *scales)
+        w_zero = T.match_buffer(w_zero_h, *zeros)
+        up = T.match_buffer(up_h, *words)
+        up_scale = T.match_buffer(up_scale_h, *scales)
+        up_zero = T.match_buffer(up_zero_h, *zeros)
         order = T.match_buffer(order_h, (slots,), "int32")
         begin = T.match_buffer(begin_h, (experts + 1,), "int32")
         y = T.match_buffer(y_h, (slots, rows), dtype)
@@ -475,15 +499,16 @@ def experts_grouped(
                             first: T.let[T.int32] = begin[e] + tile * TILE
                             for i in T.unroll(kinds * 16):
                                 acc[i] = T.float32(0)
-                            for step in T.serial((width + STEP - 1) // STEP):
+                            for step in T.serial((cols + STEP - 1) // STEP):
                                 column: T.let[T.int32] = step * STEP + tid % 4 * 8
                                 T.tvm_storage_sync("shared")
                                 load_x(x, xs, order, first, end, column, tid)
-                                load_weight(w, w_scale, ws, 0, e, block * TILE + tid // 4, column,
-                                            tid)  # fmt: skip
+                                load_weight(w, w_scale, w_zero, ws, 0, e,
+                                            block * TILE + tid // 4, column, tid)  # fmt: skip
                                 if gated:
-                                    load_weight(up, up_scale, ws, 1, e, block * TILE + tid // 4,
-                                                column, tid)  # fmt: skip
+                                    load_weight(up, up_scale, up_zero, ws, 1, e,
+                                                block * TILE + tid // 4, column,
+                                                tid)  # fmt: skip
                                 T.tvm_storage_sync("shared")
                                 for c in T.serial(STEP):
                                     for i in T.vectorized(4):

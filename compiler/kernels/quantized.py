@@ -17,6 +17,7 @@ from shardwright.compiler.packing import Packing
 
 from .common import (
     SCHEDULED,
+    element,
     extent,
     for_blocks,
     for_threads,
@@ -28,23 +29,6 @@ from .common import (
 
 TOKEN_TILE = 8  # tokens that share one reading (and one unpacking) of the weight on a CPU
 WARPS = 4  # of a block
-
-
-def _code(word: Any, index: Any, packing: Packing) -> Any:
-    """Code `index` of a word as float32, before zero point and scale.
-
-    Small integers are or-ed into the last bits of 1024 in half precision, since conversions from
-    integers are slow on GPUs. The bits of an e4m3 number, moved, are a half that is 2 ** -8 of it.
-    """
-    bits = T.shift_right(word, T.cast(index * packing.bits, "uint32"))
-    if packing.code == "e4m3":
-        sign = T.shift_left(T.bitwise_and(bits, T.uint32(0x80)), T.uint32(8))
-        rest = T.shift_left(T.bitwise_and(bits, T.uint32(0x7F)), T.uint32(7))
-        half = T.reinterpret("float16", T.cast(T.bitwise_or(sign, rest), "uint16"))
-        return T.cast(half, "float32") * T.float32(256)
-    masked = T.bitwise_and(bits, T.uint32((1 << packing.bits) - 1))
-    half = T.reinterpret("float16", T.cast(T.bitwise_or(masked, T.uint32(0x6400)), "uint16"))
-    return T.cast(half, "float32") - T.float32(1024 + packing.offset)
 
 
 def quantized_matmul_cpu(
@@ -86,7 +70,7 @@ def quantized_matmul_cpu(
                     for i in T.unroll(unit // per_word):
                         for l in T.vectorized(per_word):
                             row[i * per_word + l] = factor * (
-                                _code(words[o, u * (unit // per_word) + i], l, packing) - origin
+                                element(words[o, u * (unit // per_word) + i], l, packing) - origin
                             )
                     for c in T.unroll(unit // lanes):
                         for t in T.unroll(tile):
@@ -177,7 +161,7 @@ def quantized_take(
                     for l in T.unroll(per_word):
                         out[t, (tid + i * threads) * per_word + l] = T.if_then_else(
                             inside,
-                            T.cast((_code(word, l, packing) - origin) * factor, dtype),
+                            T.cast((element(word, l, packing) - origin) * factor, dtype),
                             T.cast(0, dtype),
                         )
 
@@ -266,7 +250,9 @@ def dequantize(
                             else T.float32(0)
                         )
                         for l in T.unroll(per_word):
-                            unpacked[l] = T.cast((_code(word, l, packing) - origin) * factor, dtype)
+                            unpacked[l] = T.cast(
+                                (element(word, l, packing) - origin) * factor, dtype
+                            )
                         for part in T.unroll(per_word // store):
                             for l in T.vectorized(store):
                                 out[row, column * per_word + part * store + l] = unpacked[
@@ -368,7 +354,7 @@ def quantized_gemv(
                     for p in T.unroll(unit // pieces):
                         for r in T.unroll(rows):
                             for e in T.unroll(pieces):
-                                code[r * pieces + e] = _code(
+                                code[r * pieces + e] = element(
                                     read[r * load + (p * pieces + e) // per_word],
                                     (p * pieces + e) % per_word,
                                     packing,
