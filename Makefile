@@ -22,9 +22,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest -m "not gpu and not reference and not matrix"
 
-# Every model family and published model at every number of ranks; `make test` has one for each.
+# Every model family, published model and quantized format at every number of ranks; `make test`
+# has one for each.
 test-families: $(VENV)/.installed-dev
-	$(BIN)/pytest tests/test_families.py tests/test_published.py -m "not gpu and not reference"
+	$(BIN)/pytest tests/test_families.py tests/test_published.py tests/test_format_logits.py \
+		-m "not gpu and not reference"
 
 # mypy does not follow the folder mapping of an editable install, and it would take the folder
 # shardwright/ for the whole package if it ran here; so it reads a plain copy from build/lint.

@@ -75,7 +75,13 @@ class Format:
         first, *others = self._modules(name.removesuffix(".weight"))
         how = self._module_quantized(first, shape)
         for module in others:
-            if self._module_quantized(module, shape) != how:
+            other = self._module_quantized(module, shape)
+            if other and how and other[1] != how[1]:
+                raise ConfigError(
+                    f"{self.checkpoint.root}: {module}: experts in act-order (desc_act) are not "
+                    "supported; use a quantization of the model without it"
+                )
+            if other != how:
                 raise ConfigError(
                     f"{self.checkpoint.root}: {module} is quantized otherwise than {first}; "
                     "experts of one layer must be quantized alike"

@@ -1,6 +1,6 @@
 """Compute the stored logits of tests/reference with transformers (the `reference` extra).
 
-    python scripts/make_reference.py            # writes golden.npz, families.npz, families.json
+    python scripts/make_reference.py   # writes golden.npz, families.npz, families.json, formats.npz
 
 Each row of a case is run alone, in a freshly loaded model: one forward over the whole prompt, then
 one token at a time with the key-value cache.
@@ -29,6 +29,7 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+import quantized_models
 from reference import families, models
 
 
@@ -53,12 +54,26 @@ def compute(case: models.Case, source: Any) -> tuple[npt.NDArray[np.float32], ..
     """
     with tempfile.TemporaryDirectory() as folder:
         source.write_checkpoint(case, Path(folder))
-        rows = [
-            row_logits(Path(folder), list(prompt), [step[i] for step in case.decode])
-            for i, prompt in enumerate(case.prompts)
-        ]
-    logits = np.stack(rows, axis=1)
+        logits = case_logits(case, Path(folder))
     return logits[0], logits[1:]
+
+
+def case_logits(case: models.Case, folder: Path) -> npt.NDArray[np.float32]:
+    """Logits `[1 + steps, rows, vocab]` of the checkpoint in `folder` on the case's tokens."""
+    rows = [
+        row_logits(folder, list(prompt), [step[i] for step in case.decode])
+        for i, prompt in enumerate(case.prompts)
+    ]
+    return np.stack(rows, axis=1)
+
+
+def quantized_logits(name: str) -> npt.NDArray[np.float32]:
+    """Logits with the weights that the checkpoint of format `name` stands for, fp32."""
+    case = quantized_models.case_of(name)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = quantized_models.write_any(Path(folder) / "quantized", name)
+        quantized_models.save(Path(folder) / "plain", case.config, whole)
+        return case_logits(case, Path(folder) / "plain")
 
 
 def saved_shapes(case: models.Case) -> dict[str, list[int]]:
@@ -84,6 +99,9 @@ def main() -> None:
             print(f"{case.name:28} logits {prefill.std():.2f} .. {np.abs(decode).max():.2f}")
         np.savez_compressed(source.GOLDEN, **stored)
         print(f"{source.GOLDEN}: {source.GOLDEN.stat().st_size:,} bytes")
+    formats = {name: quantized_logits(name) for name in quantized_models.ALL}
+    np.savez_compressed(quantized_models.GOLDEN, **formats)
+    print(f"{quantized_models.GOLDEN}: {quantized_models.GOLDEN.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import quantized_models as qm
-from reference import models
 from safetensors.numpy import load_file
 
-from shardwright import Session
 from shardwright.compiler.build import BuildOptions, build, partition_program
 from shardwright.compiler.checkpoint import Checkpoint
 from shardwright.compiler.packing import dequantize, pack, unpack
@@ -21,7 +19,7 @@ from shardwright.compiler.trace import Limits
 from shardwright.compiler.weights import stored_shapes, write_shards
 from shardwright.errors import CheckpointError, ConfigError, UsageError
 from shardwright.model_defs import family_of
-from shardwright.runtime.artifact import load_manifest, shard_name
+from shardwright.runtime.artifact import shard_name
 
 # Made by AutoGPTQ 0.8 (QuantLinear.pack), AutoAWQ 0.2.9 (WQLinear_GEMM.from_linear),
 # compressed-tensors 0.20 (pack_to_int32), MLC-LLM (quantize_np of its tests) and torch's float8.
@@ -233,131 +231,13 @@ def test_modules_that_stay_plain(tmp_path):
     assert files[0][down].shape == (128, 192)
 
 
-# Logits. ----------------------------------------------------------------------------------------
-
-
-def logits(folder, ranks, out, quantization="checkpoint-f32"):
-    case = qm.CASE
-    options = {"max_batch_size": 2, "max_seq_len": case.max_len}
-    build(BuildOptions(str(folder), out, quantization, ranks, **options))
-    with Session(out) as session:
-        steps = [session.prefill([list(p) for p in case.prompts])]
-        steps += [session.decode(list(tokens)) for tokens in case.decode]
-    return np.stack(steps)
-
-
-def check_logits(name, ranks, tmp_path):
-    """Float32 activations: within 1e-4 of the program with the dequantized weights."""
-    whole = qm.write(tmp_path / name, name)
-    qm.save(tmp_path / "plain", qm.CONFIG, whole)
-    want = logits(tmp_path / "plain", 1, tmp_path / "want", "q0f32")
-    for n in ranks:
-        got = logits(tmp_path / name, n, tmp_path / f"dist{n}")
-        assert models.relative_error(got, want) < 1e-4, n
-    return want
-
-
-@pytest.mark.parametrize(("name", "ranks"), [("gptq-act-order-asym", (2, 3)), ("fp8-blocks", (4,))])
-def test_logits(name, ranks, tmp_path):
-    check_logits(name, ranks, tmp_path)
-
-
-@pytest.mark.reference
-@pytest.mark.parametrize("name", qm.FORMATS)
-def test_logits_of_every_format_and_number_of_ranks(name, tmp_path):
-    check_logits(name, (1, 2, 3, 4), tmp_path)
-
-
-def test_half_precision_is_the_default_and_close(tmp_path):
-    whole = qm.write(tmp_path / "gptq", "gptq-act-order")
-    qm.save(tmp_path / "plain", qm.CONFIG, whole)
-    want = logits(tmp_path / "plain", 1, tmp_path / "want", "q0f32")
-    got = logits(tmp_path / "gptq", 2, tmp_path / "dist", None)
-    manifest = load_manifest(tmp_path / "dist")
-    assert manifest.quantization == "gptq int4, groups of 64, act-order"
-    assert manifest.dtype == "float16"
-    # fp16 activations differ by this much with plain weights too; a wrong scale by far more.
-    assert models.relative_error(got, want) < 1e-2
-
-
 # MLC's repositories. ----------------------------------------------------------------------------
-
-
-def write_mlc(folder, kind):
-    """A repository as MLC makes it, with joined matrices; the dequantized weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = models.weights(qm.CASE)
-    layer = "model.layers.0."
-    for joined, parts in (
-        ("self_attn.qkv_proj", [f"self_attn.{p}_proj" for p in "qkv"]),
-        ("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"]),
-    ):
-        pieces = [whole[f"{layer}{p}.weight"] for p in parts]
-        whole[f"{layer}{joined}.weight"] = np.concatenate(pieces)
-    records, data, back = [], bytearray(), {}
-    for name, values in whole.items():
-        if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
-            continue
-        tensors = {name: values.astype(np.float16)}
-        if values.ndim == 2:
-            module = name.removesuffix(".weight")
-            scale = np.abs(values.reshape(len(values), -1, 32)).max(-1) / 7
-            scale = scale.astype(np.float16)
-            wide = scale.repeat(32, 1).astype(np.float32)
-            codes = np.clip(np.rint(values / wide) + 7, 0, 14).astype(int)
-            back[name] = (codes - 7).astype(np.float32) * wide
-            words = qm.words(codes, 4).view(np.uint32)
-            if kind == "q4f16_0" and "embed" not in name:
-                words, scale = words.T, scale.T
-            tensors = {f"{module}.q_weight": words, f"{module}.q_scale": scale}
-        for part, tensor in tensors.items():
-            raw = np.ascontiguousarray(tensor).tobytes()
-            records.append(
-                {
-                    "name": part,
-                    "shape": list(tensor.shape),
-                    "dtype": str(tensor.dtype),
-                    "format": "f32-to-bf16",
-                    "nbytes": len(raw),
-                    "byteOffset": len(data),
-                }
-            )
-            data += raw
-    (folder / "params_shard_0.bin").write_bytes(data)
-    shard = {"dataPath": "params_shard_0.bin", "format": "raw-shard", "nbytes": len(data)}
-    cache = {"metadata": {}, "records": [shard | {"records": records}]}
-    (folder / "ndarray-cache.json").write_text(json.dumps(cache))
-    c = qm.CONFIG
-    keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
-    keys += ("rms_norm_eps", "vocab_size", "num_key_value_heads", "head_dim")
-    model = {key: c[key] for key in keys} | {
-        "tie_word_embeddings": False,
-        "position_embedding_base": 10000.0,
-        "rope_scaling": None,
-        "context_window_size": 64,
-        "prefill_chunk_size": 64,
-        "tensor_parallel_shards": 1,
-        "pipeline_parallel_stages": 1,
-        "max_batch_size": 128,
-        "disaggregation": False,
-    }
-    chat = {"version": "0.1.0", "model_type": "llama", "quantization": kind}
-    chat |= {"model_config": model, "vocab_size": 131, "bos_token_id": 1, "eos_token_id": 2}
-    (folder / "mlc-chat-config.json").write_text(json.dumps(chat))
-    for joined, parts in (("qkv_proj", "qkv"), ("gate_up_proj", ("gate", "up"))):
-        where = "self_attn" if joined == "qkv_proj" else "mlp"
-        first = 0
-        for p in parts:
-            name = f"{layer}{where}.{p}_proj.weight"
-            back[name] = back[f"{layer}{where}.{joined}.weight"][first : first + len(whole[name])]
-            first += len(whole[name])
-    return back
 
 
 @pytest.mark.parametrize("kind", ["q4f16_1", "q4f16_0"])
 def test_mlc_repositories(kind, tmp_path):
     for ranks in (1, 2, 3):
-        whole = write_mlc(tmp_path / str(ranks), kind)
+        whole = qm.write_mlc(tmp_path / str(ranks), kind)
         program, files = shards(tmp_path / str(ranks), ranks)
         for rank, tensors in enumerate(files):
             for weight in (w for w in program.weights.values() if w.columns):
@@ -368,7 +248,7 @@ def test_mlc_repositories(kind, tmp_path):
 
 
 def test_mlc_repositories_that_are_damaged(tmp_path):
-    write_mlc(tmp_path, "q4f16_1")
+    qm.write_mlc(tmp_path, "q4f16_1")
     shard = tmp_path / "params_shard_0.bin"
     data = shard.read_bytes()
     shard.write_bytes(data[:-5])
