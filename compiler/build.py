@@ -23,7 +23,9 @@ from shardwright.compiler.explain import explain
 from shardwright.compiler.formats import Format
 from shardwright.compiler.fuse import FUSIONS
 from shardwright.compiler.kernel_bytes import kernels_of
-from shardwright.compiler.lower import CUBLAS_PASS, MATMUL, NOTE, Q4_GEMM_PASS, lower_abstract
+from shardwright.compiler.lower import lower_abstract
+from shardwright.compiler.lowering.common import CUBLAS_PASS, NOTE, Q4_GEMM_PASS
+from shardwright.compiler.lowering.products import MATMUL
 from shardwright.compiler.partition import Partitioned, partition
 from shardwright.compiler.peer import PEER_PASS, PeerState, peer_state
 from shardwright.compiler.placement import Placement, Shard, local_shape
@@ -140,7 +142,7 @@ class Compiled:
     functions: dict[str, artifact.Function]
     libraries: tuple[str, ...]
     notes: dict[str, dict[str, Any]]
-    """Of each kernel, what its reference must know; see `lower.NOTE`."""
+    """Of each kernel, what its reference must know; see `lowering.common.NOTE`."""
 
 
 def build(options: BuildOptions, progress: Progress | None = None) -> BuildResult:

@@ -10,7 +10,9 @@ from tvm.script import relax as R
 from tvm.script import tirx as T
 
 from shardwright.compiler.cuda import cuda_target
-from shardwright.compiler.lower import CUBLAS_PASS, MATMUL, Q4_GEMM_PASS, lower_abstract
+from shardwright.compiler.lower import lower_abstract
+from shardwright.compiler.lowering.common import CUBLAS_PASS, Q4_GEMM_PASS
+from shardwright.compiler.lowering.products import MATMUL
 from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.rules import op_name
 from shardwright.errors import DeviceError, WorkerError

@@ -1,0 +1,1 @@
+"""Lowerings: from an abstract operation to calls of the kernels of `kernels/`."""

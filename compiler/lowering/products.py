@@ -1,0 +1,213 @@
+"""Lowerings of products with a weight, plain or quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import relax, te
+
+from shardwright.compiler.kernels import (
+    activation,
+    gemv,
+    gemv_mma,
+    gemv_rocm,
+    matmul,
+    matmul_rocm,
+    q4_gemm,
+    quantized,
+)
+from shardwright.compiler.lowering.common import GEMV_MAX_BATCH, Kernels, packing_of, tokens_of
+from shardwright.compiler.packing import Packing
+from shardwright.compiler.rules import shape_of
+
+MATMUL = "shardwright.matmul"
+"""Packed function of the runtime, `(x [n,K], w [N,K], out [n,N])`."""
+
+
+def lower_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """`(x [n, K], weight [N, K]) -> [n, N]`; on GPUs a matrix-vector kernel for few tokens."""
+    x, weight = args
+    if k.target == "cpu":
+        shapes = _shapes(k, call, x, weight)
+        kernel = k.kernel(matmul.matmul_cpu, **shapes, dtype=str(x.ty.dtype))
+        return relax.call_tir(kernel, [x, weight], call.ty)
+    few = _matrix_vector(k, call, args)
+    return _tensor_core_linear(k, call, x, weight) if few is None else few
+
+
+def lower_q4_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """`(x [n, K], packed uint32 [N, K/8], scale [N, K/group]) -> [n, N]`, the q4f16_1 format.
+
+    Of many tokens: one kernel that unpacks on the way to the tensor cores, or a dequantized copy.
+    """
+    x, packed, scale = _padded(k, args)
+    shapes = _shapes(k, call, x, packed)
+    cols = shapes["in_features"]
+    group = cols // shape_of(scale)[1]
+    if k.target == "cpu":
+        packing = Packing(4, group, offset=7, scale_dtype=str(scale.ty.dtype))
+        return _quantized_matmul_cpu(k, call, [x, packed, scale], packing)
+    few = _matrix_vector(k, call, [x, packed, scale])
+    if few is not None:
+        return few
+    if k.wgmma and _fits_q4_gemm(shapes, group, x):
+        n = shape_of(x)[0]
+        padded = relax.TensorType([q4_gemm.image_rows(n), cols], "float16")
+        image = k.bb.emit(relax.call_tir(k.kernel(q4_gemm.q4_gemm_image), [x], padded))
+        kernel = k.kernel(q4_gemm.q4_gemm, group=group)
+        return relax.call_tir(kernel, [image, packed, scale], call.ty)
+    kernel = k.kernel(
+        matmul.q4_dequantize,
+        out_features=shapes["out_features"],
+        in_features=cols,
+        group=group,
+        dtype=str(x.ty.dtype),
+        target=k.target,
+    )
+    whole = relax.TensorType([shapes["out_features"], cols], x.ty.dtype)
+    weight = k.bb.emit(relax.call_tir(kernel, [packed, scale], whole))
+    return _tensor_core_linear(k, call, x, weight)
+
+
+def lower_quantized_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """A product with a weight of another format than the four-bit kernels'."""
+    x, words, *sides = args[:-3]
+    packing, columns = packing_of(words, sides, args[-3:])
+    missing = columns - shape_of(x)[1]
+    x = k.bb.emit(relax.op.nn.pad(x, [0, 0, 0, missing])) if missing else x
+    if k.target == "cpu":
+        return _quantized_matmul_cpu(k, call, [x, words, *sides], packing)
+    shapes = _shapes(k, call, x, words) | {"packing": packing, "dtype": str(x.ty.dtype)}
+    batch = shapes.pop("tokens")
+    if batch is not None and batch <= GEMV_MAX_BATCH:
+        kernel = k.kernel(quantized.quantized_gemv, batch=batch, **shapes, target=k.target)
+        return relax.call_tir(kernel, [x, words, *sides], call.ty)
+    shapes.pop("out_dtype")
+    kernel = k.kernel(quantized.dequantize, **shapes, target=k.target)
+    whole = relax.TensorType([shapes["out_features"], columns], x.ty.dtype)
+    weight = k.bb.emit(relax.call_tir(kernel, [words, *sides], whole))
+    return _tensor_core_linear(k, call, x, weight)
+
+
+def lower_gated_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """`silu(gate) * up` of the halves of a product, in its own kernel if that is for few tokens."""
+    if len(args) == 3:
+        args = _padded(k, args)
+    few = None if k.target == "cpu" else _matrix_vector(k, call, args, gated=True)
+    if few is not None:
+        return few
+    n, half = shape_of(call)
+    whole = relax.TensorType([n, 2 * half], call.ty.dtype)
+    name, lowering = ("linear", lower_linear) if len(args) == 2 else ("q4_linear", lower_q4_linear)
+    product = k.bb.normalize(
+        relax.call_dps_packed(f"shardwright.{name}", relax.Tuple(args), out_ty=whole)
+    )
+    y = k.bb.emit(lowering(k, product, args))
+    if k.target != "cpu":
+        kernel = k.kernel(
+            activation.silu_mul, tokens=tokens_of(k, y), features=half, dtype=str(call.ty.dtype)
+        )
+        return relax.call_tir(kernel, [y], call.ty)
+    gate = k.bb.emit(relax.op.strided_slice(y, [1], [0], [half]))
+    up = k.bb.emit(relax.op.strided_slice(y, [1], [half], [2 * half]))
+    return relax.op.multiply(k.bb.emit(relax.op.nn.silu(gate)), up)
+
+
+def lower_take_columns(k: Kernels, _call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """Columns by index, zeros where it is -1."""
+
+    def pick(x: te.Tensor, index: te.Tensor) -> te.Tensor:
+        def element(i: Any, j: Any) -> Any:
+            safe = tvm.tirx.max(index[j], 0)
+            return tvm.tirx.if_then_else(index[j] >= 0, x[i, safe], tvm.tirx.const(0, x.dtype))
+
+        return te.compute((x.shape[0], index.shape[0]), element, name="take_columns")
+
+    return k.bb.call_te(pick, *args, primfunc_name_hint="take_columns")
+
+
+def _matrix_vector(
+    k: Kernels, call: relax.Call, args: list[relax.Expr], gated: bool = False
+) -> relax.Expr | None:
+    """A kernel for few tokens on a GPU, or None if there is none.
+
+    `args` are x and the one or two tensors of the weight.
+    """
+    x, weight, *scale = args
+    shapes = _shapes(k, call, x, weight) | {"gated": gated}
+    batch, unit = shapes.pop("tokens"), 8
+    if scale:
+        shapes["group"] = shapes["in_features"] // shape_of(scale[0])[1]
+        unit = 32
+        if shapes["group"] % unit:
+            return None
+    if batch is None or shapes["in_features"] % unit or str(x.ty.dtype) != "float16":
+        return None
+    if k.target == "cuda":
+        sizes = {name: size for name, size in shapes.items() if name != "out_dtype"}
+        tuned = gemv_mma.plan(gemv_mma.Product(batch=batch, **sizes), clusters=k.clusters)
+        if tuned is not None:
+            kernel = k.kernel(gemv_mma.gemv_mma, batch=batch, **shapes, tuned=tuned)
+            return relax.call_tir(kernel, args, call.ty)
+    if batch > GEMV_MAX_BATCH:
+        return None
+    if k.target == "cuda":
+        kernel = k.kernel(gemv.q4_gemv if scale else gemv.gemv, batch=batch, **shapes)
+    else:
+        generate = gemv_rocm.q4_gemv if scale else gemv_rocm.gemv
+        kernel = k.kernel(generate, batch=batch, **shapes, target=k.target)
+    return relax.call_tir(kernel, args, call.ty)
+
+
+def _tensor_core_linear(
+    k: Kernels, call: relax.Call, x: relax.Expr, weight: relax.Expr
+) -> relax.Expr:
+    """cuBLAS, a kernel for AMD's matrix cores, or Relax operations that dlight schedules.
+
+    Sums are in float32.
+    """
+    dtype, (out_features, in_features) = str(x.ty.dtype), shape_of(weight)
+    sizes = {"out_features": out_features, "in_features": in_features}
+    if matmul_rocm.supported(**sizes, dtype=dtype, target=k.target):
+        shapes = _shapes(k, call, x, weight)
+        kernel = k.kernel(matmul_rocm.matmul_rocm, **shapes, target=k.target)
+        return relax.call_tir(kernel, [x, weight], call.ty)
+    if k.cublas and dtype == "float16":
+        return relax.call_dps_packed(MATMUL, relax.Tuple([x, weight]), out_ty=call.ty)
+    transposed = k.bb.emit(relax.op.permute_dims(weight))
+    y = relax.op.matmul(x, transposed, out_dtype="float32")
+    if str(call.ty.dtype) == "float32":
+        return y
+    return relax.op.astype(k.bb.emit(y), call.ty.dtype)
+
+
+def _quantized_matmul_cpu(
+    k: Kernels, call: relax.Call, args: list[relax.Expr], packing: Packing
+) -> relax.Expr:
+    shapes = _shapes(k, call, args[0], args[1])
+    dtype = str(args[0].ty.dtype)
+    kernel = k.kernel(quantized.quantized_matmul_cpu, **shapes, packing=packing, dtype=dtype)
+    return relax.call_tir(kernel, args, call.ty)
+
+
+def _padded(k: Kernels, args: list[relax.Expr]) -> list[relax.Expr]:
+    """Operands of a four-bit product, x as wide as the weight, which has whole groups."""
+    x, packed, scale = args
+    missing = shape_of(packed)[1] * 8 - shape_of(x)[1]
+    return [k.bb.emit(relax.op.nn.pad(x, [0, 0, 0, missing])) if missing else x, packed, scale]
+
+
+def _fits_q4_gemm(shapes: dict[str, Any], group: int, x: relax.Expr) -> bool:
+    whole = shapes["in_features"] % q4_gemm.COLUMNS == 0 and shapes["out_features"] % 8 == 0
+    dtypes = {str(x.ty.dtype), shapes["out_dtype"]}
+    return whole and group % 32 == 0 and dtypes == {"float16"}
+
+
+def _shapes(k: Kernels, call: relax.Call, x: relax.Expr, weight: relax.Expr) -> dict[str, Any]:
+    return {
+        "tokens": tokens_of(k, x),
+        "out_features": shape_of(weight)[0],
+        "in_features": shape_of(x)[1],
+        "out_dtype": str(call.ty.dtype),
+    }
