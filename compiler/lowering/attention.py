@@ -89,7 +89,7 @@ def lower_attention(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> rel
             kernel = k.kernel(attention.attention_prefill, **shapes, target=k.target)
         return relax.call_tir(kernel, [*tensors, layer], call.ty)
     if attention_cuda.supported(**sizes, target=k.target):
-        kernel = k.kernel(attention_cuda.decode_attention, **shapes, target=k.target, arch=k.arch)
+        kernel = k.kernel(attention_cuda.decode_attention, **shapes, target=k.target)
         types = [call.ty, *_decode_scratch(shapes)]
         results = k.bb.emit(relax.call_tir(kernel, [*tensors, layer], types))
         return relax.TupleGetItem(results, 0)

@@ -1,0 +1,50 @@
+"""Lowering: every operation of a model has kernels, whatever is left out."""
+
+import pytest
+from tvm import relax
+
+from shardwright.compiler import cuda, fuse
+from shardwright.compiler.build import BuildOptions, limits_of, partition_program
+from shardwright.compiler.lower import LOWERINGS, lower_abstract
+from shardwright.compiler.lowering.common import CUBLAS_PASS, Q4_GEMM_PASS
+from shardwright.compiler.propagate import bindings_of
+from shardwright.compiler.quantization import quantization
+from shardwright.compiler.rules import op_name
+from shardwright.compiler.script_speed import without_source_context
+from shardwright.model_defs import family_of
+
+CONFIG = dict(
+    architectures=["LlamaForCausalLM"], hidden_size=128, intermediate_size=96, vocab_size=100,
+    num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
+    max_position_embeddings=64, rope_theta=1e4, hidden_act="silu", tie_word_embeddings=False,
+    head_dim=64,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    _, family = family_of(CONFIG)
+    config = family.config.from_hf(CONFIG)
+    options = BuildOptions("", tmp_path_factory.getbasetemp(), target="cuda", max_batch_size=2)
+    scheme = quantization("q4f16_1")
+    limits = limits_of(options, config)
+    return partition_program(family.model(config, scheme.dtype), scheme, limits, ranks=2)
+
+
+@pytest.mark.parametrize("left_out", [*fuse.FUSIONS, CUBLAS_PASS, Q4_GEMM_PASS, "all", "nothing"])
+def test_whatever_is_left_out_no_operation_stays_abstract(program, left_out):
+    target = cuda.cuda_target(("sm_90a",))
+    every = {*fuse.FUSIONS, CUBLAS_PASS, Q4_GEMM_PASS}
+    disabled = every if left_out == "all" else every & {left_out}
+    with target, without_source_context():
+        mod = lower_abstract(program.mod, target, disabled=frozenset(disabled))
+    calls = {
+        op_name(binding.value)
+        for func in mod.functions.values()
+        if isinstance(func, relax.Function)
+        for binding in bindings_of(func)
+        if isinstance(binding.value, relax.Call)
+    }
+    # Collectives without peer memory are calls of the runtime, under names of their own.
+    assert "relax.call_tir" in calls
+    assert not calls & LOWERINGS.keys()
