@@ -41,8 +41,6 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # the format's own limit
 
-_READ = 1 << 24  # bytes a call: bounds the copy that `os.pread` makes
-
 _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -161,11 +159,10 @@ class Checkpoint:
                 if path not in self._files:
                     self._files[path] = os.open(path, os.O_RDONLY)
             while len(buffer):
-                data = os.pread(self._files[path], min(len(buffer), _READ), offset)
-                if not data:
+                count = os.preadv(self._files[path], [buffer], offset)
+                if not count:
                     raise CheckpointError(f"{path}: truncated while it was read; fetch it again")
-                buffer[: len(data)] = data
-                buffer, offset = buffer[len(data) :], offset + len(data)
+                buffer, offset = buffer[count:], offset + count
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 

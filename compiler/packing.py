@@ -13,6 +13,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from shardwright.compiler import conversion
+
 Codes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint32]
 
@@ -62,38 +64,18 @@ class Packing:
 
 def pack(codes: Codes, bits: int) -> Words:
     """Words `[rows, cols / per_word]` of `codes` `[rows, cols]`; cols must be whole words."""
-    rows, cols = codes.shape
-    per_word = 32 // bits
-    words: Words = np.zeros((rows, cols // per_word), np.uint32)
     if bits == 8:
-        words[:] = np.ascontiguousarray(codes).view("<u4")
-        return words
-    if bits == 4:
-        # Two codes, a byte each, seen as one 16-bit number; the high byte's four bits move down.
-        pairs = np.ascontiguousarray(codes).view("<u2")
-        pairs = pairs | (pairs >> 4)
-        words[:] = pairs.astype(np.uint8).view("<u4")
-        return words
-    for i in range(per_word):
-        words |= codes[:, i::per_word].astype(np.uint32) << np.uint32(bits * i)
+        return np.ascontiguousarray(codes).view("<u4")
+    words: Words = conversion.pack(codes, bits)
     return words
 
 
 def unpack(words: npt.NDArray[Any], bits: int) -> Codes:
     """Codes `[rows, cols * per_word]` of 32-bit words `[rows, cols]`, the reverse of `pack`."""
-    rows = len(words)
-    bytes_: Codes = np.ascontiguousarray(words).astype("<u4", copy=False).view(np.uint8)
     if bits == 8:
-        return bytes_
-    if bits == 4:
-        codes = np.empty((rows, bytes_.shape[1], 2), np.uint8)
-        np.bitwise_and(bytes_, 15, out=codes[..., 0])
-        np.right_shift(bytes_, 4, out=codes[..., 1])
-        return codes.reshape(rows, -1)
-    shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
-    wide = (words.view(np.uint32)[..., None] >> shifts) & np.uint32((1 << bits) - 1)
-    narrow: Codes = wide.astype(np.uint8).reshape(rows, -1)
-    return narrow
+        return np.ascontiguousarray(words).view(np.uint8)
+    codes: Codes = conversion.unpack(words, bits)
+    return codes
 
 
 def decode(codes: Codes, packing: Packing) -> npt.NDArray[np.float32]:

@@ -11,17 +11,14 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from shardwright.compiler import conversion
 from shardwright.compiler.axes import BLOCK
 from shardwright.compiler.columns import Quantized
 from shardwright.compiler.packing import Codes, Packing
 from shardwright.errors import CheckpointError, ConfigError, UsageError
-
-# Elements converted at a time, so that the temporaries of a block stay in the processor's cache.
-_BLOCK = 1 << 17
 
 E4M3_MAX = 448
 
@@ -88,56 +85,28 @@ def quantization(name: str) -> Quantization:
 
 
 def quantize(
-    weight: npt.NDArray[np.floating[Any]], packing: Packing, name: str = "weight"
+    weight: npt.NDArray[Any], packing: Packing, name: str = "weight"
 ) -> tuple[Codes, npt.NDArray[Any]]:
     """Codes `[rows, padded]` and scales `[rows, padded / group]` of `weight` `[rows, cols]`.
 
-    `weight` is float16 or float32; its rows are padded with zeros to whole groups. A scale is
-    computed in float32 and rounded to its dtype before it divides, so that the error is that of the
-    format alone. Raises CheckpointError, naming `name`, if the weight holds NaN or infinity or its
-    scale is beyond float16.
+    `weight` is float16, bfloat16 or float32; its rows are padded with zeros to whole groups. A
+    scale is computed in float32 and rounded to its dtype before it divides, so that the error is
+    that of the format alone. Raises CheckpointError, naming `name`, if the weight holds NaN or
+    infinity or its scale is beyond float16.
     """
     rows, cols = weight.shape
-    group = packing.group
-    if cols % group:
-        weight = np.pad(weight, ((0, 0), (0, -cols % group)))
-    flat = np.ascontiguousarray(weight).reshape(-1, group)
-    codes = np.empty(flat.shape, np.uint8)
-    scale = np.empty(flat.shape[0], packing.scale_dtype)
-    step = max(1, _BLOCK // group)
-    for start in range(0, len(flat), step):
-        block = slice(start, start + step)
-        _quantize_block(flat[block], codes[block], scale[block], packing, name)
-    return codes.reshape(rows, -1), scale.reshape(rows, -1)
-
-
-def _quantize_block(
-    weight: npt.NDArray[np.floating[Any]],
-    codes: Codes,
-    scale: npt.NDArray[Any],
-    packing: Packing,
-    name: str,
-) -> None:
-    """Quantize groups `weight` `[n, group]` into `codes` `[n, group]` and `scale` `[n]`."""
-    values = weight.astype(np.float32)
-    largest = np.abs(values).max(axis=1)
-    if not np.isfinite(largest).all():
+    if cols % packing.group:
+        weight = np.pad(weight, ((0, 0), (0, -cols % packing.group)))
+    groups = np.ascontiguousarray(weight).reshape(-1, packing.group)
+    e4m3 = packing.code == "e4m3"
+    most = E4M3_MAX if e4m3 else packing.offset
+    codes, scale, largest = conversion.quantize(groups, most, e4m3, packing.scale_dtype)
+    if not np.isfinite(largest):
         raise CheckpointError(f"{name}: holds NaN or infinity; the checkpoint is damaged")
-    most = E4M3_MAX if packing.code == "e4m3" else packing.offset
     with np.errstate(over="ignore"):
-        scale[:] = largest / np.float32(most)
-    if not np.isfinite(scale).all():
-        raise CheckpointError(
-            f"{name}: value {largest.max():g} is too large for a float16 scale; "
-            "build with --quantization q0f32"
-        )
-    divisor = scale.astype(np.float32)
-    divisor[divisor == 0] = 1
-    np.divide(values, divisor[:, None], out=values)
-    if packing.code == "e4m3":
-        codes[:] = values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
-        return
-    np.rint(values, out=values)
-    values += most
-    np.clip(values, 0, 2 * most, out=values)
-    codes[:] = values
+        if not np.isfinite(np.float32(largest / most).astype(packing.scale_dtype)):
+            raise CheckpointError(
+                f"{name}: value {largest:g} is too large for a float16 scale; "
+                "build with --quantization q0f32"
+            )
+    return codes.reshape(rows, -1), scale.reshape(rows, -1)

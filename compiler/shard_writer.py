@@ -1,4 +1,8 @@
-"""A safetensors file written in order, a piece at a time, with its checksum."""
+"""A safetensors file written in order, a piece at a time, with its checksums.
+
+SHA-256 takes longer than anything else that is done with a piece on its way, so it has a thread of
+its own beside the one that writes.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import hashlib
 import json
 import math
 import zlib
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,18 +30,25 @@ _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
 }
 
 
+_PENDING = 2
+"""Pieces that are not written yet before `write` waits for the first of them."""
+
+
 class ShardWriter:
     """Writes tensors whose names, shapes and dtypes are known beforehand.
 
     The header goes out first, so nothing is held back: `write` takes pieces of each tensor in the
-    order of `tensors`, and the caller keeps no more than a piece. As a context manager it closes
-    the file; only `finish` completes it. Raises BuildError if the file cannot be written.
+    order of `tensors`, which must not change afterwards: they are written while the caller goes on.
+    As a context manager it closes the file; only `finish` completes it. Raises BuildError if the
+    file cannot be written.
     """
 
     def __init__(self, path: Path, tensors: list[tuple[str, tuple[int, ...], str]]) -> None:
         self.path = path
         self._digest = hashlib.sha256()
         self._crc, self._pieces = 0, list[int]()
+        self._digesting, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._pending: deque[tuple[Future[None], Future[None]]] = deque()
         self._bytes = 0
         header: dict[str, Any] = {"__metadata__": {"format": "shardwright"}}
         self._plan: list[tuple[str, np.dtype[Any], int]] = []
@@ -76,6 +89,7 @@ class ShardWriter:
 
     def finish(self) -> FileEntry:
         """Close the complete file; its checksum and length."""
+        self._wait(0)
         missing = [(name, left) for name, _, left in self._plan if left]
         if missing:
             raise AssertionError(f"{self.path}: elements not written: {missing[::-1]}")
@@ -86,13 +100,25 @@ class ShardWriter:
 
     def close(self) -> None:
         """Close the file, complete or not."""
+        self._digesting.shutdown()
+        self._writing.shutdown()
         try:
             self._file.close()
         except OSError as error:
             raise self._failed(error) from None
 
     def _emit(self, data: bytes | memoryview) -> None:
-        self._digest.update(data)
+        self._wait(_PENDING - 1)
+        digested = self._digesting.submit(self._digest.update, data)
+        self._pending.append((digested, self._writing.submit(self._append, data)))
+
+    def _wait(self, count: int) -> None:
+        """Until no more than `count` pieces are pending."""
+        while len(self._pending) > count:
+            for done in self._pending.popleft():
+                done.result()
+
+    def _append(self, data: bytes | memoryview) -> None:
         self._count_pieces(memoryview(data))
         try:
             self._file.write(data)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from shardwright.compiler import conversion
 from shardwright.compiler.checkpoint import Checkpoint, listing
 from shardwright.compiler.columns import Columns, Index, Quantized, plan
 from shardwright.compiler.packing import Packing, pack
@@ -30,7 +34,7 @@ Array: TypeAlias = npt.NDArray[Any]
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the elements done and the elements there are."""
 
-_THREADS = 2
+_THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -255,11 +259,11 @@ def write_shards(
     with ExitStack() as stack:
         writers = [stack.enter_context(ShardWriter(out_dir / path, tensors)) for path in paths]
         pool = stack.enter_context(ThreadPoolExecutor(_THREADS))
-        for weight in weights:
+        for weight, pieces in groupby(_converted(pool, readers, weights, world), itemgetter(0)):
             names = [name for name, _, _ in weight.tensors()]
             # A fraction of the words' bytes, kept because the file has them after all words.
             later: list[list[tuple[Array, ...]]] = [[] for _ in writers]
-            for piece in _converted(pool, readers, weight, world):
+            for _, piece in pieces:
                 for rank in piece.ranks:
                     writers[rank].write(names[0], piece.parts[0])
                     later[rank].append(piece.parts[1:])
@@ -286,22 +290,33 @@ class _Piece:
 
 
 def _converted(
-    pool: ThreadPoolExecutor, readers: Mapping[str, Reader], weight: Weight, world: int
-) -> Iterator[_Piece]:
-    """The pieces of a weight, in order for each rank, converted a few ahead on `pool`."""
-    waiting: deque[Future[list[_Piece]]] = deque()
-    for source in weight.sources:
-        reader = readers[source.name]
-        if source.quantized is not None and not reader.quantized:
-            reader = _Quantizing(reader, source.quantized.packing, source.name)
-        for read in reads(reader, source.placement, world, source.rows, source.columns):
-            waiting.append(pool.submit(_convert, weight, source, read))
-            if len(waiting) > _THREADS:
-                yield from waiting.popleft().result()
+    pool: ThreadPoolExecutor,
+    readers: Mapping[str, Reader],
+    weights: Iterable[Weight],
+    world: int,
+) -> Iterator[tuple[Weight, _Piece]]:
+    """The pieces of all weights, in order for each rank, converted a few ahead on `pool`."""
+    waiting: deque[tuple[Weight, Future[list[_Piece]]]] = deque()
+
+    def first() -> Iterator[tuple[Weight, _Piece]]:
+        weight, pieces = waiting.popleft()
+        for piece in pieces.result():
+            yield weight, piece
+        if not waiting or waiting[0][0] is not weight:
+            for source in weight.sources:
+                readers[source.name].release()
+
+    for weight in weights:
+        for source in weight.sources:
+            reader = readers[source.name]
+            if source.quantized is not None and not reader.quantized:
+                reader = _Quantizing(reader, source.quantized.packing, source.name)
+            for read in reads(reader, source.placement, world, source.rows, source.columns):
+                waiting.append((weight, pool.submit(_convert, weight, source, read)))
+                if len(waiting) > _THREADS:
+                    yield from first()
     while waiting:
-        yield from waiting.popleft().result()
-    for source in weight.sources:
-        readers[source.name].release()
+        yield from first()
 
 
 def _convert(weight: Weight, source: Source, read: Read) -> list[_Piece]:
@@ -329,7 +344,7 @@ class _Quantizing:
 
     def read(self, index: Index) -> tuple[Array, ...]:
         """See `Reader`."""
-        return quantize(_as_float(self._plain.read(index)[0]), self._packing, self._name)
+        return quantize(self._plain.read(index)[0], self._packing, self._name)
 
     def release(self) -> None:
         """See `Reader`."""
@@ -360,11 +375,10 @@ def _as_float(values: Array) -> npt.NDArray[np.floating[Any]]:
 
 def cast(values: Array, dtype: str, name: str) -> Array:
     """`values` as `dtype`. Raises CheckpointError, naming `name`, for NaN, infinity or overflow."""
-    floats = _as_float(values)
-    with np.errstate(over="ignore"):
-        out = np.ascontiguousarray(floats, dtype=dtype)
-    if np.isfinite(out).all():
+    out, largest = conversion.cast(values, dtype)
+    if np.isfinite(largest):
         return out
+    floats = _as_float(values)
     if not np.isfinite(floats).all():
         raise CheckpointError(f"{name}: holds NaN or infinity; the checkpoint is damaged")
     raise CheckpointError(

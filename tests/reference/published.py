@@ -35,6 +35,36 @@ def _config(
     }
 
 
+def _llama(**kwargs: Any) -> dict[str, Any]:
+    more = {
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+        "tie_word_embeddings": False,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    }
+    return _config("LlamaForCausalLM", "llama", **{**more, **kwargs})
+
+
+def _llama2(**kwargs: Any) -> dict[str, Any]:
+    more = {"rope_theta": 10000.0, "rope_scaling": None, "bos_token_id": 1, "eos_token_id": 2}
+    return _llama(**{**more, **kwargs})
+
+
+def _llama3_scaling(factor: float) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
 def _mistral(**kwargs: Any) -> dict[str, Any]:
     more = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
     return _config("MistralForCausalLM", "mistral", **{**more, **kwargs})
@@ -170,6 +200,27 @@ def _longrope(pairs: int) -> dict[str, Any]:
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "Llama-2-7b": _llama2(
+        vocab=32000, hidden=4096, mlp=11008, layers=32, heads=(32, 32), length=4096
+    ),
+    "Llama-2-70b": _llama2(
+        vocab=32000, hidden=8192, mlp=28672, layers=80, heads=(64, 8), length=4096
+    ),
+    "CodeLlama-34b": _llama2(
+        vocab=32000, hidden=8192, mlp=22016, layers=48, heads=(64, 8), length=16384,
+        rope_theta=1000000.0,
+    ),
+    "Llama-3-8B": _llama(
+        vocab=128256, hidden=4096, mlp=14336, layers=32, heads=(32, 8), length=8192
+    ),
+    "Llama-3.1-70B": _llama(
+        vocab=128256, hidden=8192, mlp=28672, layers=80, heads=(64, 8), length=131072,
+        rope_scaling=_llama3_scaling(8.0),
+    ),
+    "Llama-3.2-1B": _llama(
+        vocab=128256, hidden=2048, mlp=8192, layers=16, heads=(32, 8), length=131072, head_dim=64,
+        rope_scaling=_llama3_scaling(32.0), tie_word_embeddings=True,
+    ),
     "Mistral-7B-v0.1": _mistral(
         vocab=32000, hidden=4096, mlp=14336, layers=32, heads=(32, 8), length=32768,
         rope_theta=10000.0, sliding_window=4096,
