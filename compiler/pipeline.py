@@ -75,8 +75,8 @@ def _launches_dependents(func: tirx.PrimFunc) -> bool:
     return LAUNCH_DEPENDENTS in names
 
 
-def to_vm(workspace: PlanWorkspace) -> list[tvm.transform.Pass]:
-    """Explicit memory, one workspace, VM calls."""
+def plan_memory(workspace: PlanWorkspace) -> list[tvm.transform.Pass]:
+    """Memory becomes explicit: temporaries share one workspace, an argument of each function."""
     return [
         relax.transform.RewriteDataflowReshape(),
         relax.transform.ToNonDataflow(),
@@ -85,6 +85,12 @@ def to_vm(workspace: PlanWorkspace) -> list[tvm.transform.Pass]:
         relax.transform.StaticPlanBlockMemory(),
         workspace,
         relax.transform.LowerAllocTensor(),
+    ]
+
+
+def to_vm() -> list[tvm.transform.Pass]:
+    """Calls of TVM's virtual machine."""
+    return [
         relax.transform.KillAfterLastUse(),
         relax.transform.LowerRuntimeBuiltin(),
         relax.transform.ComputePrimValue(),

@@ -15,20 +15,14 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from shardwright.compiler.build import (
-    MAX_RANKS,
-    PAGE_SIZE,
-    BuildOptions,
-    Program,
-    Progress,
-    limits_of,
-    partition_program,
-    plan_workspace,
-)
+from shardwright.compiler.build import Progress
 from shardwright.compiler.checkpoint import Checkpoint
 from shardwright.compiler.cuda import cuda_target
+from shardwright.compiler.library import plan_workspace
+from shardwright.compiler.options import MAX_RANKS, PAGE_SIZE, BuildOptions, limits_of
 from shardwright.compiler.peer import peer_state
 from shardwright.compiler.placement import local_shape
+from shardwright.compiler.program import Program, partition_program
 from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.rules import op_name, operands_of
 from shardwright.compiler.scheme import Scheme, model_config, scheme_of

@@ -15,16 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwright.compiler.build import (
-    BuildOptions,
     BuildResult,
     Progress,
     build_from,
-    partition_program,
     weight_specs,
 )
 from shardwright.compiler.checkpoint import Checkpoint, read_header
+from shardwright.compiler.options import BuildOptions
 from shardwright.compiler.packing import unpack
 from shardwright.compiler.placement import PAD, Shard
+from shardwright.compiler.program import partition_program
 from shardwright.compiler.quantization import QUANTIZATIONS, quantization
 from shardwright.compiler.slicing import Index, Parts, Reader
 from shardwright.compiler.trace import Limits

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 # the compiler.
 _PUBLIC = {
     "build": "shardwright.compiler.build",
-    "BuildOptions": "shardwright.compiler.build",
+    "BuildOptions": "shardwright.compiler.options",
     "ChatModule": "shardwright.runtime.chat",
     "ChatConfig": "shardwright.runtime.chat",
     "GenerationConfig": "shardwright.runtime.chat",

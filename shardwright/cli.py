@@ -176,8 +176,8 @@ def build(output: Path, arch: tuple[str, ...], gpu_memory: str | None, **options
         options["gpu_memory"] = planning.parse_amount(gpu_memory, "--gpu-memory")
     with TerminalProgress() as progress, _interruptible():
         # The compiler takes seconds to load, and only this command may load it.
-        from shardwright.compiler.build import BuildOptions
         from shardwright.compiler.build import build as run_build
+        from shardwright.compiler.options import BuildOptions
 
         result = run_build(BuildOptions(out=output, archs=arch, **options), progress=progress)
     if options["explain"]:
@@ -319,7 +319,7 @@ def plan(
     rate = planning.parse_amount(bandwidth, "--bandwidth") if bandwidth else None
     with TerminalProgress() as progress, _interruptible():
         from shardwright.compiler import plan as planner
-        from shardwright.compiler.build import BuildOptions
+        from shardwright.compiler.options import BuildOptions
 
         machine = planner.Machine(
             memory, rate, planning.parse_amount(link, "--link"), latency / 1e6

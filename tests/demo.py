@@ -52,7 +52,8 @@ def golden() -> list[list[int]]:
 
 def main() -> None:
     if sys.argv[1:] == ["--write"]:
-        from shardwright.compiler.build import BuildOptions, build
+        from shardwright.compiler.build import build
+        from shardwright.compiler.options import BuildOptions
 
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "demo"

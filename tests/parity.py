@@ -6,7 +6,8 @@ from typing import Any
 from reference import models
 
 from shardwright import Session
-from shardwright.compiler.build import BuildOptions, build
+from shardwright.compiler.build import build
+from shardwright.compiler.options import BuildOptions
 
 TOLERANCE = 1e-4
 

@@ -13,7 +13,8 @@ import pytest
 from amd.emulator import ARCHS, Device, environment
 
 import demo
-from shardwright.compiler.build import BuildOptions, build
+from shardwright.compiler.build import build
+from shardwright.compiler.options import BuildOptions
 from shardwright.runtime.code_object import code_objects
 
 HERE = Path(__file__).parent

@@ -51,7 +51,7 @@ def write_artifact(path: Path) -> Path:
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """Stands in for `compiler.build`; `calls` are the options it was given."""
+    """Stands in for `build` and `options` of the compiler; `calls` are the options it was given."""
     fake = SimpleNamespace(calls=[], error=None, act=None)
 
     def build(options: Any, progress: Any) -> SimpleNamespace:
@@ -65,9 +65,14 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         write_artifact(options.out)
         return SimpleNamespace(path=options.out, explanation="placements\n")
 
-    module = ModuleType("shardwright.compiler.build")
-    vars(module).update(build=build, BuildOptions=lambda **fields: SimpleNamespace(**fields))
-    monkeypatch.setitem(sys.modules, "shardwright.compiler.build", module)
+    fakes = (
+        ("build", "build", build),
+        ("options", "BuildOptions", lambda **f: SimpleNamespace(**f)),
+    )
+    for name, attribute, fake_attribute in fakes:
+        module = ModuleType(f"shardwright.compiler.{name}")
+        setattr(module, attribute, fake_attribute)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     yield fake
 
 
@@ -151,8 +156,8 @@ def test_build_passes_every_option(
 
 
 def test_build_options_are_those_of_the_compiler() -> None:
-    build = pytest.importorskip("shardwright.compiler.build")
-    fields = set(build.BuildOptions.__dataclass_fields__)
+    options = pytest.importorskip("shardwright.compiler.options")
+    fields = set(options.BuildOptions.__dataclass_fields__)
     params = {param.name for param in cli.build.params} - {"output", "arch"} | {"out", "archs"}
     assert params == fields
 

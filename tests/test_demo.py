@@ -7,7 +7,8 @@ import pytest
 
 import demo
 from shardwright import ChatConfig, ChatModule
-from shardwright.compiler.build import BuildOptions, build
+from shardwright.compiler.build import build
+from shardwright.compiler.options import BuildOptions
 
 REQUIRED = 0.90
 

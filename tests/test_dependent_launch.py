@@ -7,9 +7,10 @@ from tvm.script import tirx as T
 from tvm.target import Target
 
 from shardwright.compiler import cuda, pipeline
-from shardwright.compiler.build import BuildOptions, limits_of, partition_program
 from shardwright.compiler.kernels.common import SCHEDULED, launch_dependents, wait_for_inputs
 from shardwright.compiler.lower import lower_abstract
+from shardwright.compiler.options import BuildOptions, limits_of
+from shardwright.compiler.program import partition_program
 from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.quantization import quantization
 from shardwright.compiler.rules import op_name

@@ -12,7 +12,8 @@ import quantized_models as qm
 from reference import models
 
 from shardwright import Session
-from shardwright.compiler.build import BuildOptions, build
+from shardwright.compiler.build import build
+from shardwright.compiler.options import BuildOptions
 from shardwright.errors import ConfigError
 from shardwright.runtime.artifact import load_manifest
 

@@ -9,10 +9,12 @@ import pytest
 import quantized_models as qm
 from safetensors.numpy import load_file
 
-from shardwright.compiler.build import BuildOptions, build, partition_program
+from shardwright.compiler.build import build
 from shardwright.compiler.checkpoint import Checkpoint
+from shardwright.compiler.options import BuildOptions
 from shardwright.compiler.packing import dequantize, pack, unpack
 from shardwright.compiler.placement import PAD, Shard
+from shardwright.compiler.program import partition_program
 from shardwright.compiler.quantization import QUANTIZATIONS, quantize
 from shardwright.compiler.scheme import model_config, scheme_of
 from shardwright.compiler.trace import Limits

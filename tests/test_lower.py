@@ -4,9 +4,10 @@ import pytest
 from tvm import relax
 
 from shardwright.compiler import cuda, fuse
-from shardwright.compiler.build import BuildOptions, limits_of, partition_program
 from shardwright.compiler.lower import LOWERINGS, lower_abstract
 from shardwright.compiler.lowering.common import CUBLAS_PASS, Q4_GEMM_PASS
+from shardwright.compiler.options import BuildOptions, limits_of
+from shardwright.compiler.program import partition_program
 from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.quantization import quantization
 from shardwright.compiler.rules import op_name

@@ -7,7 +7,8 @@ import pytest
 
 import demo
 from shardwright import Session
-from shardwright.compiler.build import BuildOptions, build
+from shardwright.compiler.build import build
+from shardwright.compiler.options import BuildOptions
 from shardwright.compiler.quantization import QUANTIZATIONS
 from shardwright.runtime.tokenizer import Tokenizer
 

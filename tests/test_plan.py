@@ -11,7 +11,8 @@ from reference import families
 
 from shardwright import cli, planning
 from shardwright.compiler import plan
-from shardwright.compiler.build import BuildOptions, build
+from shardwright.compiler.build import build
+from shardwright.compiler.options import BuildOptions
 from shardwright.compiler.quantization import quantization
 from shardwright.compiler.trace import Limits
 from shardwright.errors import DeviceError, UsageError

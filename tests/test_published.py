@@ -6,15 +6,11 @@ Layers that repeat add nothing but time, so of each model as many are kept as di
 import pytest
 from reference.published import PUBLISHED
 
-from shardwright.compiler.build import (
-    BuildOptions,
-    _explanation,
-    compile_program,
-    limits_of,
-    partition_program,
-)
 from shardwright.compiler.cuda import cuda_target
+from shardwright.compiler.library import compile_program
 from shardwright.compiler.lower import lower_abstract
+from shardwright.compiler.options import BuildOptions, limits_of
+from shardwright.compiler.program import partition_program
 from shardwright.compiler.quantization import quantization
 from shardwright.compiler.script_speed import without_source_context
 from shardwright.errors import UsageError
@@ -89,6 +85,6 @@ def test_a_model_without_experts_refuses_to_have_them_whole(tmp_path):
 
 def test_explain_shows_experts_as_the_model_has_them(tmp_path):
     program, _ = partitioned("Qwen3-30B-A3B", 4, tmp_path)
-    text = _explanation(program)
+    text = program.explanation()
     assert "experts.gate_proj  [128, 768, 2048] -> [128, 192, 2048]  Shard(1)" in text
     assert "shardwright.experts  [1, 2048]  Partial(sum)" in text

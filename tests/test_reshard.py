@@ -12,7 +12,9 @@ from safetensors.numpy import save_file
 
 import demo
 from shardwright import cli
-from shardwright.compiler.build import BuildOptions, Compiled, build
+from shardwright.compiler.build import build
+from shardwright.compiler.library import Compiled
+from shardwright.compiler.options import BuildOptions
 from shardwright.compiler.reshard import reshard
 from shardwright.errors import ArtifactError, UsageError
 from shardwright.runtime.artifact import load_manifest

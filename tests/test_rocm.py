@@ -10,9 +10,9 @@ from amd.emulator import Device
 from tvm.script import tirx as T
 
 from shardwright.compiler import rocm, rocm_check
-from shardwright.compiler.build import BuildOptions, targets_of
 from shardwright.compiler.kernels import gemv_rocm, matmul_rocm, norm
 from shardwright.compiler.kernels.common import SCHEDULED
+from shardwright.compiler.options import BuildOptions, targets_of
 from shardwright.errors import ArtifactError, BuildError, UsageError
 from shardwright.runtime.code_object import CodeObject, Kernel, code_objects, occupancy
 

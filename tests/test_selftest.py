@@ -7,8 +7,9 @@ import pytest
 import tvm
 
 from shardwright import cli
-from shardwright.compiler.build import BuildOptions, build
+from shardwright.compiler.build import build
 from shardwright.compiler.kernels import attention, rotary
+from shardwright.compiler.options import BuildOptions
 from shardwright.runtime import references
 from shardwright.runtime.selftest import _compare
 
