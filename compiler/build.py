@@ -101,6 +101,7 @@ def build_from(
             options.num_shards,
             options.dump_ir,
             options.expert_parallel,
+            options.disable_pass,
         )
     peer = None
     if options.target == "cuda" and PEER_PASS not in options.disable_pass:

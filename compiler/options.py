@@ -9,6 +9,7 @@ from typing import Any
 import tvm
 
 from shardwright.compiler import cuda, pipeline, rocm
+from shardwright.compiler.early_rows import EARLY_ROWS_PASS
 from shardwright.compiler.fuse import FUSIONS
 from shardwright.compiler.lowering.common import CUBLAS_PASS, Q4_GEMM_PASS
 from shardwright.compiler.peer import PEER_PASS
@@ -19,7 +20,14 @@ MAX_RANKS = 16
 DEFAULT_MAX_SEQ_LEN = 4096
 DEFAULT_CHUNK = {"cpu": 256, "cuda": 2048, "rocm": 2048}
 PAGE_SIZE = 16
-PASSES = (*FUSIONS, PEER_PASS, pipeline.DEPENDENT_LAUNCH, CUBLAS_PASS, Q4_GEMM_PASS)
+PASSES = (
+    *FUSIONS,
+    EARLY_ROWS_PASS,
+    PEER_PASS,
+    pipeline.DEPENDENT_LAUNCH,
+    CUBLAS_PASS,
+    Q4_GEMM_PASS,
+)
 """What `--disable-pass` takes."""
 
 

@@ -38,7 +38,7 @@ from shardwright.runtime.memory import (
     reserved_bytes,
 )
 
-_WORKSPACE_LAYERS = 2
+_WORKSPACE_LAYERS = 4  # the last is not like the others: see early_rows.py
 
 EFFICIENCY = 0.9
 """Share of the copy bandwidth at which decode kernels read weights and cache (H200)."""

@@ -12,6 +12,7 @@ import tvm
 from shardwright.compiler import linear, pipeline
 from shardwright.compiler.axes import AXIS_RULES, EXPERT_PARALLEL, AxisRules, DeviceMesh
 from shardwright.compiler.columns import Quantized
+from shardwright.compiler.early_rows import EARLY_ROWS_PASS, early_rows
 from shardwright.compiler.explain import explain
 from shardwright.compiler.partition import Partitioned, partition
 from shardwright.compiler.placement import Placement, Shard
@@ -60,6 +61,7 @@ def partition_program(
     ranks: int,
     dump_ir: Path | None = None,
     expert_parallel: bool = False,
+    disable_pass: tuple[str, ...] = (),
 ) -> Program:
     """Trace, partition, verify, join and quantize: the local program before any kernel exists.
 
@@ -92,7 +94,8 @@ def partition_program(
     placements = {n: rules.placement(shapes[n], axes) for n, axes in traced.param_axes.items()}
     placements |= {s.name: rules.placement(s.shape, s.axes) for s in traced.state.values()}
     # A prefill's tokens are the chunk's, and share names with per-row state; none is sharded.
-    partitioned = partition(traced.mod, placements, ranks)
+    whole = traced.mod if EARLY_ROWS_PASS in disable_pass else early_rows(traced.mod)
+    partitioned = partition(whole, placements, ranks)
     verify(partitioned, placements, ranks)
     pipeline.dump(partitioned.mod, dump_ir, "1-partitioned")
 
