@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shardwright import __version__
+from shardwright.compiler import kept
 from shardwright.compiler.checkpoint import Checkpoint
 from shardwright.compiler.formats import Format
 from shardwright.compiler.library import compile_program
@@ -18,6 +19,7 @@ from shardwright.compiler.options import BuildOptions, limits_of, targets_of
 from shardwright.compiler.peer import PEER_PASS, peer_state
 from shardwright.compiler.placement import local_shape
 from shardwright.compiler.program import Program, partition_program
+from shardwright.compiler.quantization import Quantization
 from shardwright.compiler.scheme import Scheme, check_name, model_config, scheme_of
 from shardwright.compiler.slicing import Reader
 from shardwright.compiler.vocabulary import check_vocabulary
@@ -72,14 +74,15 @@ def build_from(
     options: BuildOptions,
     progress: Progress | None = None,
     readers: Mapping[str, Reader] | None = None,
+    scheme: Scheme | None = None,
 ) -> BuildResult:
     """Build from an open checkpoint, as `build`. With `readers`, weights as an artefact has them:
-    joined tensors taken apart, and complete.
+    joined tensors taken apart, and complete. `scheme` takes the place of `options.quantization`.
     """
     progress = progress or Silent()
     targets = targets_of(options)
     with_weights = not (options.build_model_only or options.dummy_weights)
-    scheme = scheme_of(options.quantization, checkpoint)
+    scheme = scheme or scheme_of(options.quantization, checkpoint)
     if options.build_model_only and isinstance(scheme, Format) and scheme.act_order:
         raise UsageError(
             "--build-model-only: the program depends on the order of this checkpoint's weights "
@@ -128,6 +131,9 @@ def build_from(
         files[KERNELS] = artifact.file_entry(options.out / KERNELS)
     if with_weights:
         files |= _write_weights(checkpoint, scheme, program, config, options, progress, readers)
+        if not isinstance(scheme, Quantization):
+            kept.write(options.out / kept.FILE, program.quantized)
+            files[kept.FILE] = artifact.file_entry(options.out / kept.FILE)
     files |= _copy_tokenizer(checkpoint, options.out)
 
     manifest = artifact.Manifest(

@@ -18,7 +18,7 @@ import numpy as np
 
 from shardwright.compiler.checkpoint import Checkpoint
 from shardwright.compiler.columns import Index
-from shardwright.compiler.formats import Format, as_zero, flip, is_head, padded
+from shardwright.compiler.formats import Format, as_zero, flip, is_head
 from shardwright.compiler.packing import Packing, unpack
 from shardwright.compiler.slicing import Array, Parts, Reader
 from shardwright.errors import CheckpointError
@@ -155,10 +155,10 @@ class _KMajor:
         codes, scale = self._codes(rows), self._scales[:, rows].T
         zeros = self._zeros  # read in any case: they are checked
         if self._packing.zeros:
-            return padded(index, (codes, scale, as_zero(zeros[:, rows].T)))
+            return codes, scale, as_zero(zeros[:, rows].T)
         if self._packing.bits == 4:
-            return padded(index, (flip(codes), -scale))
-        return padded(index, (codes, scale))
+            return flip(codes), -scale
+        return codes, scale
 
 
 class _GptqReader(_KMajor):

@@ -15,7 +15,7 @@ import numpy as np
 
 from shardwright.compiler.checkpoint import Checkpoint, TensorInfo, read_json
 from shardwright.compiler.columns import Index
-from shardwright.compiler.formats import Format, padded
+from shardwright.compiler.formats import Format
 from shardwright.compiler.packing import Packing, unpack
 from shardwright.compiler.slicing import Array, Parts, Plain, Reader, Rows, read_rows
 from shardwright.errors import CheckpointError, ConfigError
@@ -192,7 +192,7 @@ class _MlcReader:
     def read(self, index: Index) -> Parts:
         """See `Reader`."""
         codes = unpack(self._rows("q_weight", index), 4)
-        return padded(index, (codes, self._rows("q_scale", index)))
+        return codes, self._rows("q_scale", index)
 
     def release(self) -> None:
         """See `Reader`."""

@@ -22,7 +22,6 @@ from shardwright.compiler.formats import (
     as_zero,
     flip,
     matches,
-    padded,
     refuse_nan,
 )
 from shardwright.compiler.packing import Packing, unpack
@@ -74,17 +73,17 @@ class _RowReader:
         if self._packing.code == "e4m3":
             codes = raw.view(np.uint8)
             refuse_nan(codes, f"{self._checkpoint.root}: {self.name}")
-            return padded(index, (codes, scale))
+            return codes, scale
         if self.name.endswith("_packed"):
             codes = unpack(raw, self._packing.bits)
         else:
             codes = raw.view(np.uint8) ^ np.uint8(0x80)
         if self._packing.zeros:
             zero = self._zeros[np.minimum(rows, len(self._zeros) - 1)]
-            return padded(index, (codes, scale, as_zero(zero)))
+            return codes, scale, as_zero(zero)
         if self._packing.bits == 4:
-            return padded(index, (flip(codes), -scale))
-        return padded(index, (codes, scale))
+            return flip(codes), -scale
+        return codes, scale
 
 
 class Fp8(Format):

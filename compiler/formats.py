@@ -18,8 +18,7 @@ import numpy as np
 from shardwright.compiler.checkpoint import Checkpoint
 from shardwright.compiler.columns import Index, Quantized
 from shardwright.compiler.packing import Packing
-from shardwright.compiler.placement import PAD
-from shardwright.compiler.slicing import Array, Parts, Plain, Reader
+from shardwright.compiler.slicing import Array, Plain, Reader
 from shardwright.errors import CheckpointError, ConfigError
 
 KEY = "config.json: quantization_config."
@@ -211,16 +210,6 @@ def matches(module: str, patterns: list[str]) -> bool:
         elif module == pattern or module.endswith(f".{pattern}"):
             return True
     return False
-
-
-def padded(index: Index, parts: Parts) -> Parts:
-    """The parts of rows `index`, where the first row was read for -1: its scales become zero."""
-    missing = index == PAD
-    if missing.any():
-        codes, *sides = parts
-        sides = [np.where(missing[:, None], np.zeros(1, side.dtype), side) for side in sides]
-        return codes, *sides
-    return parts
 
 
 def flip(codes: Array) -> Array:

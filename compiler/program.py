@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ class Program:
     placements: dict[str, Placement]
     mesh: DeviceMesh
     orders: tuple[str, ...] = ()
+    quantized: Mapping[str, Quantized] = field(default_factory=dict)
+    """How weights are quantized, by their names in the checkpoint."""
 
     def explanation(self) -> str:
         """The text of `--explain`."""
@@ -114,7 +117,12 @@ def partition_program(
     mod = linear.join_linears(mod, weights)
     mod = linear.quantize(mod, weights)
     pipeline.dump(mod, dump_ir, "2-linear")
-    return Program(traced, partitioned, mod, weights.table, placements, mesh, tuple(orders))
+    kept = {
+        _checkpoint_name(name, traced.stored.get(name)): how
+        for name, how in quantized.items()
+        if how is not None
+    }
+    return Program(traced, partitioned, mod, weights.table, placements, mesh, tuple(orders), kept)
 
 
 def _source(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shardwright.compiler import kept
 from shardwright.compiler.build import (
     BuildResult,
     Progress,
@@ -26,13 +27,13 @@ from shardwright.compiler.packing import unpack
 from shardwright.compiler.placement import PAD, Shard
 from shardwright.compiler.program import partition_program
 from shardwright.compiler.quantization import QUANTIZATIONS, quantization
+from shardwright.compiler.scheme import OWN, Scheme, model_config, scheme_of
 from shardwright.compiler.slicing import Index, Parts, Reader
 from shardwright.compiler.trace import Limits
 from shardwright.compiler.weights import Source, Weight
 from shardwright.errors import UsageError
 from shardwright.model_defs import family_of
 from shardwright.runtime.artifact import (
-    KERNELS,
     Manifest,
     check_size,
     load_manifest,
@@ -55,16 +56,10 @@ def reshard(
     if out.resolve() == directory.resolve():
         raise UsageError(f"{out} is the artefact itself; give -o another directory")
     manifest = load_manifest(directory)
-    if manifest.quantization not in QUANTIZATIONS:
-        raise UsageError(
-            f"{directory}: has the weights of a quantized checkpoint ({manifest.quantization}), "
-            "which cannot be cut again; build for the new number of ranks from the checkpoint"
-        )
     limits = manifest.limits
     options = BuildOptions(
         model=str(directory),
         out=out,
-        quantization=manifest.quantization,
         num_shards=num_shards,
         target=manifest.target.kind,
         archs=manifest.target.archs,
@@ -79,8 +74,10 @@ def reshard(
     )
     source = _Artefact(directory, manifest)
     with source:
-        with_weights = manifest.has_weights and not manifest.dummy_weights
-        return build_from(source, options, progress, source.readers() if with_weights else None)
+        readers = None
+        if manifest.has_weights and not manifest.dummy_weights:
+            readers = source.readers()
+        return build_from(source, options, progress, readers, source.scheme)
 
 
 class _Artefact(Checkpoint):
@@ -90,12 +87,22 @@ class _Artefact(Checkpoint):
         super().__init__(directory, manifest.model.config, {})
         self._manifest = manifest
         self._shards: list[Checkpoint] = []
+        self.scheme = self._scheme()
 
-    def tokenizer_files(self) -> list[Path]:
-        """See `Checkpoint`."""
-        shards = {shard_name(r, self._manifest.mesh.size) for r in range(self._manifest.mesh.size)}
-        names = [n for n in self._manifest.files if n not in (*shards, "model.so", KERNELS)]
-        return [self.root / name for name in names]
+    def _scheme(self) -> Scheme:
+        name, dtype = self._manifest.quantization, self._manifest.dtype
+        if name in QUANTIZATIONS:
+            return quantization(name)
+        if self._manifest.dummy_weights or not self._manifest.has_weights:
+            own = {dtype: name for name, dtype in OWN.items()}
+            return scheme_of(own[dtype], self)
+        if kept.FILE not in self._manifest.files:
+            raise UsageError(
+                f"{self.root}: built by a version that did not keep how the checkpoint was "
+                "quantized; build the model again from its checkpoint"
+            )
+        check_size(self.root / kept.FILE, self._manifest.files[kept.FILE])
+        return kept.Kept(name, dtype, kept.read(self.root / kept.FILE))
 
     def readers(self) -> dict[str, Reader]:
         """A reader of each weight of the checkpoint.
@@ -104,12 +111,11 @@ class _Artefact(Checkpoint):
         """
         manifest = self._manifest
         _, family = family_of(manifest.model.config)
-        scheme = quantization(manifest.quantization)
-        config = family.config.from_hf(manifest.model.config)
+        config = family.config.from_hf(model_config(self))
         page = manifest.limits.page_size
         program = partition_program(
-            family.model(config, scheme.dtype),
-            scheme,
+            family.model(config, self.scheme.dtype),
+            self.scheme,
             Limits(page, 1, page, page),
             manifest.mesh.size,
             expert_parallel=manifest.expert_parallel,

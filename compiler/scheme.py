@@ -1,4 +1,4 @@
-"""The scheme of a build: one of ours, or the checkpoint's own format."""
+"""The scheme of a build: one of ours, the checkpoint's own format, or that of an artefact."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from shardwright.compiler.format_gptq import Awq, Gptq
 from shardwright.compiler.format_mlc import Mlc
 from shardwright.compiler.format_rows import CompressedTensors, Fp8
 from shardwright.compiler.formats import KEY, Format
+from shardwright.compiler.kept import Kept
 from shardwright.compiler.quantization import QUANTIZATIONS, Quantization, quantization
 from shardwright.errors import ConfigError, UsageError
 
-Scheme: TypeAlias = Quantization | Format
+Scheme: TypeAlias = Quantization | Format | Kept
 
 METHODS: dict[str, type[Format]] = {
     "gptq": Gptq,

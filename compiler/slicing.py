@@ -44,7 +44,10 @@ class Reader(Protocol):
         """Whether the parts are codes and what belongs to them."""
 
     def read(self, index: Index) -> Parts:
-        """Rows `index`, zeros where it is -1, along dimension 0. May run on any thread."""
+        """Rows `index` along dimension 0. May run on any thread.
+
+        Where it is -1 plain rows are zeros; of quantized ones any will do.
+        """
 
     def release(self) -> None:
         """Forget what reading kept in memory."""
@@ -179,11 +182,24 @@ def _read(
     """Rows `index`, read once and cut along a later dimension where `placement` or `columns` do."""
     parts = reader.read(index)
     if columns is not None:
+        parts = _without_padding(parts, index, columns)
         return [(ranks, _cut_columns(parts, columns, ranks[0])) for ranks in groups]
     (values,) = parts
     if isinstance(placement, Shard) and placement.dim > 0:
         return [(r, (take(values, placement.index(r[0]), placement.dim),)) for r in groups]
     return [(ranks, (values,)) for ranks in groups]
+
+
+def _without_padding(parts: Parts, index: Index, columns: Columns) -> Parts:
+    """Quantized rows, zeros where `index` is -1, whatever a reader gave there."""
+    padding = index == PAD
+    if not padding.any():
+        return parts
+    fills = (columns.packing.offset, *(0 for _ in parts[1:]))
+    return tuple(
+        np.where(padding[:, None], np.asarray(fill, part.dtype), part)
+        for fill, part in zip(fills, parts, strict=True)
+    )
 
 
 def _cut_columns(parts: Parts, columns: Columns, rank: int) -> Parts:

@@ -8,6 +8,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import quantized_models as qm
+from reference import families
 from safetensors.numpy import save_file
 
 import demo
@@ -35,8 +37,9 @@ def no_compiler(monkeypatch):
     monkeypatch.setattr("shardwright.compiler.build.compile_program", compile_program)
 
 
-def built(model: Path, out: Path, ranks: int, scheme: str) -> Path:
-    build(BuildOptions(str(model), out, quantization=scheme, num_shards=ranks, **LIMITS))
+def built(model: Path, out: Path, ranks: int, scheme: str | None, **options) -> Path:
+    options |= LIMITS
+    build(BuildOptions(str(model), out, quantization=scheme, num_shards=ranks, **options))
     return out
 
 
@@ -111,6 +114,66 @@ def test_uneven_cuts(no_compiler, odd, tmp_path, scheme, before, after):
     assert_same_shards(tmp_path / "new", built(odd, tmp_path / "direct", after, scheme))
 
 
+QUICK = {
+    *("gptq-act-order-asym", "gptq-8bit", "awq-64", "fp8-blocks", "ct-int4-act-order"),
+    *("mlc-q4f16_0", "mixtral-gptq", "qwen3-moe-fp8-blocks"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.matrix) for n in qm.ALL],
+)
+def test_quantized_checkpoints(no_compiler, tmp_path, name):
+    """Of every format, from a cut inside groups to whole ones, and to more ranks than heads."""
+    qm.write_any(tmp_path / "model", name)
+    old = built(tmp_path / "model", tmp_path / "old", 3, None)
+    for ranks in (1, 8):
+        reshard(old, tmp_path / "new", ranks)
+        direct = built(tmp_path / "model", tmp_path / "direct", ranks, None)
+        assert_same_shards(tmp_path / "new", direct)
+        old = (tmp_path / "new").rename(tmp_path / f"old{ranks}")
+
+
+def test_a_quantized_checkpoint_in_float32(no_compiler, tmp_path):
+    qm.write_any(tmp_path / "model", "gptq-act-order-asym")
+    old = built(tmp_path / "model", tmp_path / "old", 1, "checkpoint-f32")
+    reshard(old, tmp_path / "new", 2)
+    direct = built(tmp_path / "model", tmp_path / "direct", 2, "checkpoint-f32")
+    assert_same_shards(tmp_path / "new", direct)
+
+
+def test_a_quantized_checkpoint_without_weights(no_compiler, tmp_path):
+    qm.write_any(tmp_path / "model", "awq-64")
+    old = built(tmp_path / "model", tmp_path / "old", 2, None, dummy_weights=True)
+    reshard(old, tmp_path / "new", 3)
+    manifest = load_manifest(tmp_path / "new")
+    direct = built(tmp_path / "model", tmp_path / "direct", 3, None, dummy_weights=True)
+    assert manifest.weights == load_manifest(direct).weights
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "options"),
+    [
+        ("gemma2", "q4f16_1", {}),
+        ("gemma3", "q0f32", {}),
+        ("mixtral", "q4f16_1", {}),
+        ("mixtral", "q4f16_1", {"expert_parallel": True}),
+        ("qwen3-moe", "q0f16", {"expert_parallel": True}),
+        ("phi3", "q8f16_1", {}),
+    ],
+)
+def test_families(no_compiler, tmp_path, name, scheme, options):
+    """Norms less one, tied embeddings, joined tensors, experts cut and whole."""
+    case = next(case for case in families.cases() if case.name == name)
+    families.write_checkpoint(case, tmp_path / "model")
+    old = built(tmp_path / "model", tmp_path / "old", 2, scheme, **options)
+    for ranks in (3, 1):
+        reshard(old, tmp_path / "new", ranks)
+        direct = built(tmp_path / "model", tmp_path / "direct", ranks, scheme, **options)
+        assert_same_shards(tmp_path / "new", direct)
+
+
 def test_the_command_there_and_back(no_compiler, odd, tmp_path, capsys):
     old = built(odd, tmp_path / "old", 2, "q4f16_1")
     for source, out, ranks in (("old", "new", "5"), ("new", "back", "2")):
@@ -136,6 +199,11 @@ def test_what_cannot_be_taken_apart(no_compiler, odd, tmp_path):
         reshard(old, tmp_path / "old/../old", 4)
     with pytest.raises(UsageError, match="from 1 to 16"):
         reshard(old, tmp_path / "new", 17)
+    qm.write_any(tmp_path / "quantized", "gptq-32")
+    quantized = built(tmp_path / "quantized", tmp_path / "four", 2, None)
+    (quantized / "quantized.safetensors").write_bytes(b"x")
+    with pytest.raises(ArtifactError, match=r"quantized\.safetensors"):
+        reshard(quantized, tmp_path / "new", 4)
     other = shutil.copytree(old, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["weights"][0]["shape"] = [1, 1]
