@@ -246,7 +246,7 @@ def _write_weights(
 
 
 def _as_stored(weight: Weight) -> Weight:
-    sources = tuple(replace(s, plus=0.0, joined=None, first=0) for s in weight.sources)
+    sources = tuple(replace(s, plus=0.0, joined=None, first=0, step=1) for s in weight.sources)
     return replace(weight, sources=sources)
 
 

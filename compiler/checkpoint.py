@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -133,6 +133,12 @@ class Checkpoint:
             rows = info.shape[0] if info.shape else 1
             return self._rows(info, _RAW | _READABLE, 0, rows).reshape(info.shape)
         return self._rows(info, _RAW | _READABLE, start, stop)
+
+    def read_bytes(self, name: str, start: int, stop: int, width: int) -> npt.NDArray[np.uint8]:
+        """Rows `start` to `stop` of a tensor of bytes, seen as a matrix of `width` columns."""
+        info = self.tensors[name]
+        matrix = replace(info, shape=(math.prod(info.shape) // width, width))
+        return self._rows(matrix, {"U8": np.dtype("u1")}, start, stop)
 
     def _rows(
         self, info: TensorInfo, dtypes: dict[str, npt.DTypeLike], start: int, stop: int

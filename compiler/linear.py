@@ -217,7 +217,7 @@ def quantize(mod: tvm.IRModule, weights: Weights) -> tvm.IRModule:
 
     def rewrite(rw: Rewriter, _var: relax.Var, call: relax.Call) -> relax.Expr | None:
         name = op_name(call)
-        if name in ("shardwright.experts", "shardwright.local_experts"):
+        if name.endswith("experts"):
             return _quantized_experts(rw, call, weights)
         if name not in ("shardwright.linear", "shardwright.embed", "relax.take"):
             return None
@@ -255,8 +255,9 @@ def quantize(mod: tvm.IRModule, weights: Weights) -> tvm.IRModule:
 
 
 def _quantized_experts(rw: Rewriter, call: relax.Call, weights: Weights) -> relax.Expr | None:
-    """`quantized_experts(x, gate, up, down, ids, weights[, rank])`, each weight by its tensors.
+    """`quantized_experts(x, gate, up, down, ids, weights, ...)`, each weight by its tensors.
 
+    Likewise for the other operations on experts: `quantized_local_experts` and so on.
     At the end are `Packing.attributes` of the three and whether it has zero points; zeros for a
     plain one.
     """
@@ -282,7 +283,8 @@ def _quantized_experts(rw: Rewriter, call: relax.Call, weights: Weights) -> rela
         )
     numbers = [relax.prim_value(tirx.IntImm("int64", a)) for a in attributes]
     args = [rw.local(x), *tensors, *map(rw.local, rest), *numbers]
-    return relax.call_dps_packed("shardwright.quantized_experts", relax.Tuple(args), out_ty=call.ty)
+    name = op_name(call).replace(".", ".quantized_")
+    return relax.call_dps_packed(name, relax.Tuple(args), out_ty=call.ty)
 
 
 def _take_columns(rw: Rewriter, x: relax.Expr, index: relax.Var) -> relax.Var:

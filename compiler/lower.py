@@ -25,12 +25,16 @@ from shardwright.compiler.lowering.common import Kernels, Lowering
 from shardwright.compiler.peer import PeerState, add_peer_decode
 from shardwright.compiler.rules import op_name, operands_of
 
+EXPERTS = ("", "local_", "biased_", "biased_local_", "biased_split_")
+"""Kinds of operations on experts, see `rules.ABSTRACT_RULES`."""
+
 LOWERINGS: dict[str, Lowering] = {
     "shardwright.rotary_table": attention.lower_rotary_table,
     "shardwright.rotary_table_long": attention.lower_rotary_table_long,
     "shardwright.rotary_append": attention.lower_rotary_append,
     "shardwright.rotary_append_joined": attention.lower_rotary_append,
     "shardwright.attention": attention.lower_attention,
+    "shardwright.attention_sinks": attention.lower_attention,
     "shardwright.append_attention": attention.lower_append_attention,
     "shardwright.append_attention_joined": attention.lower_append_attention,
     "shardwright.linear": products.lower_linear,
@@ -44,9 +48,8 @@ LOWERINGS: dict[str, Lowering] = {
     "shardwright.quantized_embed": embedding.lower_quantized_embed,
     "relax.take": embedding.lower_take,
     "shardwright.route": experts.lower_route,
-    "shardwright.experts": experts.lower_experts,
-    "shardwright.local_experts": experts.lower_experts,
-    "shardwright.quantized_experts": experts.lower_quantized_experts,
+    **{f"shardwright.{kind}experts": experts.lower_experts for kind in EXPERTS},
+    **{f"shardwright.quantized_{kind}experts": experts.lower_quantized_experts for kind in EXPERTS},
     "shardwright.add_rms_norm": norm.lower_add_rms_norm,
     "shardwright.store_logits": sampling.lower_store_logits,
     "shardwright.sample": sampling.lower_sample,

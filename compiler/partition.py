@@ -48,8 +48,8 @@ def partition(mod: tvm.IRModule, params: dict[str, Placement], ranks: int) -> Pa
     """Local view of all functions of `mod` on `ranks` ranks.
 
     `params` gives placements of arguments by name; all others are replicated. With more than one
-    rank, functions that look up a row-sharded table or have whole experts on a rank take one more
-    argument, `rank` int32 [1].
+    rank, functions that look up a row-sharded table, or have experts that differ by rank, take one
+    more argument, `rank` int32 [1].
     """
     out = Partitioned(tvm.IRModule({}))
     for gv, func in mod.functions_items():
@@ -133,8 +133,8 @@ class _Rewriter:
                 for t, p in zip(types, step.results, strict=True)
             ]
             name = str(call.args[0].global_symbol)
-            if _has_whole_experts(step):
-                name, args = "shardwright.local_experts", [*args, self.rank]
+            if local_name := _experts_by_rank(step):
+                name, args = local_name, [*args, self.rank]
             return relax.call_dps_packed(name, relax.Tuple(args), local)
         if op_name(call) == "relax.reshape":
             shape = local_shape(shape_of(call), step.results[0])
@@ -193,14 +193,23 @@ class _Rewriter:
 
 
 def _needs_rank(step: Step) -> bool:
-    return _is_row_lookup(step) or _has_whole_experts(step)
+    return _is_row_lookup(step) or _experts_by_rank(step) is not None
 
 
-def _has_whole_experts(step: Step) -> bool:
-    if op_name(step.call) != "shardwright.experts":
-        return False
+def _experts_by_rank(step: Step) -> str | None:
+    """The operation on experts for one rank, where what it does depends on the rank's number.
+
+    It does with whole experts, and where rank 0 alone may add a bias to what all ranks sum.
+    """
+    name = op_name(step.call)
+    if name not in ("shardwright.experts", "shardwright.biased_experts"):
+        return None
     weight = step.operands[1]
-    return isinstance(weight, Shard) and weight.dim == 0
+    if not isinstance(weight, Shard):
+        return None
+    if weight.dim == 0:
+        return name.replace("experts", "local_experts")
+    return "shardwright.biased_split_experts" if "biased" in name else None
 
 
 def _is_row_lookup(step: Step) -> bool:

@@ -76,6 +76,7 @@ def partition_program(
     if expert_parallel and not any("experts" in axes for axes in traced.param_axes.values()):
         raise UsageError("--expert-parallel: this model has no experts; leave it out")
     shapes = {p.name: shape_of(p) for p in traced.mod["prefill"].params}
+    dtypes = {p.name: str(p.ty.dtype) for p in traced.mod["prefill"].params}
     quantized = {
         # A router is small, and what it says must not change.
         name: scheme.quantized(
@@ -84,7 +85,7 @@ def partition_program(
             axes[-2:],
             model.config,
         )
-        if axes[0] != "router"
+        if axes[0] != "router" and dtypes[name] == scheme.dtype
         else None
         for name, axes in traced.param_axes.items()
     }
@@ -102,7 +103,6 @@ def partition_program(
     verify(partitioned, placements, ranks)
     pipeline.dump(partitioned.mod, dump_ir, "1-partitioned")
 
-    dtypes = {p.name: str(p.ty.dtype) for p in traced.mod["prefill"].params}
     table = {
         n: Weight(
             n,
@@ -133,11 +133,21 @@ def _source(
     quantized: Quantized | None,
 ) -> Source:
     """The tensor of the checkpoint that parameter `name` is."""
+    experts = shape[0]
     shape, placement = matrix_shape(shape), matrix_placement(shape, placement)
     if stored is None or stored.path is None:
         return Source(name, shape, placement, quantized, plus=stored.plus if stored else 0.0)
-    whole = _checkpoint_name(name, stored)
-    return Source(name, shape, placement, quantized, stored.plus, whole, stored.first)
+    return Source(
+        name,
+        shape,
+        placement,
+        quantized,
+        stored.plus,
+        joined=_checkpoint_name(name, stored),
+        first=stored.first,
+        step=stored.step,
+        experts=experts if stored.transposed else 0,
+    )
 
 
 def _checkpoint_name(name: str, stored: Stored | None) -> str:

@@ -229,6 +229,8 @@ def _attention_check(cuts: dict[str, Shard | None]) -> None:
                 )
 
 
+_BIASED = "N I, e m I, e m I, e I m, N K, N K, e m 1, e m 1, e I 1"
+
 ABSTRACT_RULES: dict[str, Rule] = {
     "shardwright.rotary_table": parse("N, N, R, (), (), () -> N T R"),
     "shardwright.rotary_table_long": parse("N, N, F R, (), () -> N T R"),
@@ -240,6 +242,10 @@ ABSTRACT_RULES: dict[str, Rule] = {
     "shardwright.attention": parse(
         "N q D, L P k S D, L P k S D, B M, N, N, (), (), (), () -> N q D", check=_attention_check
     ),
+    "shardwright.attention_sinks": parse(
+        "N q D, L P k S D, L P k S D, B M, N, N, q, (), (), (), () -> N q D",
+        check=_attention_check,
+    ),
     "shardwright.route": parse("N E, (), () -> N K, N K"),
     # Experts cut inside, or whole ones on each rank: a rank adds what its part gives.
     "shardwright.experts": parse("N I, e m I, e m I, e I m, N K, N K -> N I", sums=frozenset("em")),
@@ -247,6 +253,11 @@ ABSTRACT_RULES: dict[str, Rule] = {
     "shardwright.local_experts": parse(
         "N I, e m I, e m I, e I m, N K, N K, R -> N I", sums=frozenset("em")
     ),
+    # With a bias of each product. Where experts are cut inside (`split`), all ranks hold the one of
+    # the sum over m, and only rank 0 adds it.
+    "shardwright.biased_experts": parse(f"{_BIASED}, (), () -> N I", sums=frozenset("em")),
+    "shardwright.biased_local_experts": parse(f"{_BIASED}, (), (), R -> N I", sums=frozenset("em")),
+    "shardwright.biased_split_experts": parse(f"{_BIASED}, (), (), R -> N I", sums=frozenset("em")),
     # A look-up in a table cut along its rows, by the rank's number.
     "shardwright.embed": parse("v E, N, R -> N E", sums=frozenset("v")),
     "shardwright.store_logits": parse("B V, B, B V -> B V"),

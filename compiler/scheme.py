@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from shardwright.compiler.checkpoint import Checkpoint
 from shardwright.compiler.format_gptq import Awq, Gptq
 from shardwright.compiler.format_mlc import Mlc
+from shardwright.compiler.format_mxfp4 import Mxfp4
 from shardwright.compiler.format_rows import CompressedTensors, Fp8
 from shardwright.compiler.formats import KEY, Format
 from shardwright.compiler.kept import Kept
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Format]] = {
     "fp8": Fp8,
     "compressed-tensors": CompressedTensors,
     "mlc": Mlc,
+    "mxfp4": Mxfp4,
 }
 DEFAULT = "q4f16_1"
 OWN = {"checkpoint": "float16", "checkpoint-f32": "float32"}

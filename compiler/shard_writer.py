@@ -27,6 +27,7 @@ _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "float16": ("F16", np.dtype("<f2")),
     "uint32": ("U32", np.dtype("<u4")),
     "int32": ("I32", np.dtype("<i4")),
+    "uint8": ("U8", np.dtype("u1")),
 }
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
+from threading import Lock
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -66,21 +67,32 @@ class Plain:
         """See `Reader`."""
         return (read_rows(self._checkpoint.read_rows, self._name, index),)
 
+    def transposed_experts(self) -> TransposedExperts:
+        """The same tensor, read otherwise."""
+        return TransposedExperts(self._checkpoint, self._name)
+
     def release(self) -> None:
         """See `Reader`."""
 
 
 class Rows:
-    """`count` rows of a weight from `first` on."""
+    """`count` rows of a weight from `first` on, each or every `step`th."""
 
-    def __init__(self, whole: Reader, first: int, count: int) -> None:
+    def __init__(self, whole: Reader, first: int, count: int, step: int = 1) -> None:
         self.shape = (count, *whole.shape[1:])
         self.quantized = whole.quantized
-        self._whole, self._first = whole, first
+        self._whole, self._first, self._step = whole, first, step
 
     def read(self, index: Index) -> Parts:
         """See `Reader`."""
-        return self._whole.read(np.where(index == PAD, PAD, index + self._first))
+        if self._step == 1:
+            return self._whole.read(np.where(index == PAD, PAD, index + self._first))
+        # The rows between are read as well: a few long reads instead of many short ones.
+        step = self._step
+        start = index * step + self._first // step * step
+        all_rows = np.where((index == PAD)[:, None], PAD, start[:, None] + np.arange(step))
+        parts = self._whole.read(all_rows.reshape(-1))
+        return tuple(part[self._first % step :: step] for part in parts)
 
     def release(self) -> None:
         """See `Reader`."""
@@ -110,6 +122,47 @@ class Stacked:
         """See `Reader`."""
         for weight in self._weights:
             weight.release()
+
+
+class TransposedExperts:
+    """A tensor [experts, in, out] as a matrix [experts * out, in]; [experts, out] has one column.
+
+    An expert is read whole, and kept until another is asked for.
+    """
+
+    quantized = False
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        experts, *inner = checkpoint.tensors[name].shape
+        self._rows, columns = inner[-1], math.prod(inner[:-1])
+        self.shape = (experts * self._rows, columns)
+        self._checkpoint, self._name = checkpoint, name
+        self._lock = Lock()
+        self._kept: tuple[int, Array] | None = None
+
+    def _expert(self, number: int) -> Array:
+        with self._lock:
+            kept = self._kept
+            if kept is None or kept[0] != number:
+                values = self._checkpoint.read_rows(self._name, number, number + 1)
+                kept = number, np.ascontiguousarray(values.reshape(-1, self._rows).T)
+                self._kept = kept
+            return kept[1]
+
+    def read(self, index: Index) -> Parts:
+        """See `Reader`."""
+
+        def read(_name: str, start: int, stop: int) -> Array:
+            first, last = start // self._rows, max(stop - 1, start) // self._rows
+            experts = [self._expert(e) for e in range(first, last + 1)]
+            rows = experts[0] if len(experts) == 1 else np.concatenate(experts)
+            return rows[start - first * self._rows : stop - first * self._rows]
+
+        return (read_rows(read, self._name, index),)
+
+    def release(self) -> None:
+        """See `Reader`."""
+        self._kept = None
 
 
 def read_rows(read: Callable[[str, int, int], Array], name: str, index: Index) -> Array:

@@ -43,8 +43,10 @@ class Source:
 
     With `quantized` it is to be quantized, or is so already. `plus` is added to its values. It is
     part of the tensor `joined`, from row `first` on, where the checkpoint has it joined with
-    others; or it is all tensors that `joined` names with 0, 1 and so on in the place of `{}`.
-    `rows` and `order` permute its rows and its columns before the cut.
+    others, each or every `step`th row; or it is all tensors that `joined` names with 0, 1 and so on
+    in the place of `{}`. With `experts`, their number, `joined` is [experts, in, out], or [experts,
+    out] for one column, unless it is quantized. `rows` and `order` permute its rows and its columns
+    before the cut.
     """
 
     name: str
@@ -54,6 +56,8 @@ class Source:
     plus: float = 0.0
     joined: str | None = None
     first: int = 0
+    step: int = 1
+    experts: int = 0
     rows: Index | None = field(default=None, compare=False)
     order: Index | None = field(default=None, compare=False)
 
@@ -171,6 +175,7 @@ def plain_readers(checkpoint: Checkpoint) -> dict[str, Reader]:
 def stored_shapes(names: Iterable[str], weights: Sequence[Weight]) -> dict[str, tuple[int, ...]]:
     """Shapes of the checkpoint's weights by name, as the model's `weights` ask for them."""
     shapes: dict[str, tuple[int, ...]] = {}
+    joint: dict[str, int] = {}  # rows of each joined tensor
     modules = {name.rpartition(".")[0] for name in names}
     for source in (s for weight in weights for s in weight.sources):
         shapes[source.name] = source.shape
@@ -183,8 +188,8 @@ def stored_shapes(names: Iterable[str], weights: Sequence[Weight]) -> dict[str, 
             for i in range(count):
                 shapes[joined.format(i)] = (source.shape[0] // count, *source.shape[1:])
         elif joined:
-            rows = shapes.get(joined, (0,))[0]
-            shapes[joined] = (rows + source.shape[0], *source.shape[1:])
+            joint[joined] = joint.get(joined, 0) + source.shape[0]
+            shapes[joined] = (joint[joined], *source.shape[1:])
     return shapes
 
 
@@ -204,12 +209,18 @@ def split_joined(readers: dict[str, Reader], weights: Sequence[Weight], root: Pa
         if whole is None:
             continue  # perhaps someone took it apart; else the parts are found missing
         expected = (sum(source.shape[0] for source in sources), *sources[0].shape[1:])
+        experts = sources[0].experts if isinstance(whole, Plain) else 0
+        if experts:
+            inner = expected[1:] if expected[1] > 1 else ()
+            expected = (experts, *inner, expected[0] // experts)
         if whole.shape != expected:
             raise CheckpointError(
                 f"{root}: wrong shapes: {name} is {whole.shape}, config.json says {expected}"
             )
+        if experts and isinstance(whole, Plain):
+            whole = whole.transposed_experts()
         for source in sources:
-            readers[source.name] = Rows(whole, source.first, source.shape[0])
+            readers[source.name] = Rows(whole, source.first, source.shape[0], source.step)
 
 
 def _stack(readers: dict[str, Reader], source: Source, root: Path) -> None:
@@ -355,6 +366,8 @@ def _exactly(values: Array, dtype: str, name: str) -> Array:
 
     Raises CheckpointError, naming `name`, for NaN, infinity or a value that `dtype` cannot hold.
     """
+    if values.dtype == np.uint8 == np.dtype(dtype):
+        return values  # exponents
     out = cast(values, dtype, name)
     if values.dtype != out.dtype and (out.astype(np.float32) != _as_float(values)).any():
         raise CheckpointError(

@@ -18,6 +18,7 @@ from shardwright.model_defs.gemma import (
     Gemma3Config,
     Gemma3ForCausalLM,
 )
+from shardwright.model_defs.gpt_oss import GptOssConfig, GptOssForCausalLM
 from shardwright.model_defs.llama import LlamaForCausalLM
 from shardwright.model_defs.mistral import MistralConfig
 from shardwright.model_defs.moe import (
@@ -42,6 +43,7 @@ FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(LlamaConfig, LlamaForCausalLM),
     "Gemma2ForCausalLM": Family(Gemma2Config, Gemma2ForCausalLM),
     "Gemma3ForCausalLM": Family(Gemma3Config, Gemma3ForCausalLM),
+    "GptOssForCausalLM": Family(GptOssConfig, GptOssForCausalLM),
     "MistralForCausalLM": Family(MistralConfig, LlamaForCausalLM),
     "MixtralForCausalLM": Family(MixtralConfig, MixtralForCausalLM),
     "Phi3ForCausalLM": Family(Phi3Config, Phi3ForCausalLM),

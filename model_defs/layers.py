@@ -16,11 +16,14 @@ from tvm import relax, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import op
 
-Axes = tuple[str, ...]
+Axes = tuple[str | None, ...]
 
 
 def parameter(shape: tuple[int, ...], axes: Axes, dtype: str) -> nn.Parameter:
-    """A parameter of global `shape` whose dimensions carry the logical names `axes`."""
+    """A parameter of global `shape` whose dimensions carry the logical names `axes`.
+
+    One in another dtype than the model's is never quantized.
+    """
     param = nn.Parameter(shape, dtype)
     param.attrs["axes"] = axes
     return param
@@ -30,15 +33,19 @@ def parameter(shape: tuple[int, ...], axes: Axes, dtype: str) -> nn.Parameter:
 class Stored:
     """How a checkpoint keeps a parameter, where it is not simply there under its own name.
 
-    It is rows `first` and on of the tensor `path`, which is relative to the module that holds the
-    parameter, as a path among files: `../qkv_proj.weight`. A path with `{}` names a tensor for
-    each number below the length of the parameter's first dimension. `plus` is added to what is
-    stored.
+    It is rows `first` and on of the tensor `path`, each row or every `step`th. The path is relative
+    to the module that holds the parameter, as a path among files: `../qkv_proj.weight`. A path with
+    `{}` names a tensor for each number below the length of the parameter's first dimension.
+    `transposed` is for experts that are one tensor [experts, in, out], or [experts, out] for a
+    bias, and counts rows over all of them as if it were [experts, out, in]. `plus` is added to what
+    is stored.
     """
 
     path: str | None = None
     first: int = 0
     plus: float = 0.0
+    step: int = 1
+    transposed: bool = False
 
 
 def stored_joined(path: str, linears: list[Linear]) -> None:
@@ -82,8 +89,8 @@ ACTIVATIONS: dict[str, Callable[[nn.Tensor], nn.Tensor]] = {
 class Experts(nn.Module):
     """Gated feed-forward layers, to the best `top` of which a router sends each token.
 
-    `paths` are the tensors of an expert's gate, up and down, as in `Stored`, from here. Their
-    outputs are summed with the router's probabilities, made to sum to one with `normalize`.
+    `stored` says where the checkpoint has their gate, up and down. Their outputs are summed with
+    the router's probabilities, made to sum to one with `normalize`.
     """
 
     def __init__(
@@ -94,7 +101,7 @@ class Experts(nn.Module):
         normalize: bool,
         embed: int,
         mlp: int,
-        paths: tuple[str, str, str],
+        stored: tuple[Stored, Stored, Stored],
         dtype: str,
     ) -> None:
         self.top, self.normalize = top, normalize
@@ -102,19 +109,22 @@ class Experts(nn.Module):
         self.gate_proj = parameter((count, mlp, embed), into, dtype)
         self.up_proj = parameter((count, mlp, embed), into, dtype)
         self.down_proj = parameter((count, embed, mlp), out, dtype)
-        for weight, path in zip(self._weights(), paths, strict=True):
-            weight.attrs["stored"] = Stored(path)
+        for weight, where in zip(self._weights(), stored, strict=True):
+            weight.attrs["stored"] = where
 
     def _weights(self) -> tuple[nn.Parameter, ...]:
         return self.gate_proj, self.up_proj, self.down_proj
 
     def forward(self, x: nn.Tensor, scores: nn.Tensor) -> nn.Tensor:
         """x [n, embed], scores of the experts float32 [n, count] -> [n, embed]."""
-        chosen = [x.shape[0], self.top]
-        kinds = [nn.Tensor.placeholder(chosen, dtype) for dtype in ("int32", "float32")]
-        ids, weights = abstract("route", [scores, self.top, int(self.normalize)], like=kinds)
-        (out,) = abstract("experts", [x, *self._weights(), ids, weights], like=[x])
+        (out,) = abstract("experts", [x, *self._weights(), *self.route(scores)], like=[x])
         return out
+
+    def route(self, scores: nn.Tensor) -> list[nn.Tensor]:
+        """The numbers int32 [n, top] of the experts chosen, and their weights float32 [n, top]."""
+        chosen = [scores.shape[0], self.top]
+        kinds = [nn.Tensor.placeholder(chosen, dtype) for dtype in ("int32", "float32")]
+        return abstract("route", [scores, self.top, int(self.normalize)], like=kinds)
 
 
 class Embedding(nn.Module):
@@ -205,18 +215,20 @@ class Cache:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: nn.Tensor | None = None,
     ) -> nn.Tensor:
         """Causal attention of q [n, heads, head_dim] over the cache; same shape.
 
         With a `window` a token sees that many positions, its own the last. With a `softcap` c a
-        score s, after `scale`, becomes `c * tanh(s / c)`.
+        score s, after `scale`, becomes `c * tanh(s / c)`. `sinks` float32 [heads] are scores that
+        take part in a head's softmax and have no value (arXiv:2309.17453).
         """
         masks: list[int | float] = [window or 0, softcap or 0.0]
-        (out,) = abstract(
-            "attention",
-            [q, self.k_pages, self.v_pages, *self._where(), layer, scale, *masks],
-            like=[q],
-        )
+        read = [q, self.k_pages, self.v_pages, *self._where()]
+        if sinks is None:
+            (out,) = abstract("attention", [*read, layer, scale, *masks], like=[q])
+        else:
+            (out,) = abstract("attention_sinks", [*read, sinks, layer, scale, *masks], like=[q])
         return out
 
 

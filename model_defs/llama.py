@@ -23,7 +23,9 @@ from shardwright.model_defs.layers import (
 
 
 class LlamaAttention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions; `sinks` as in `Cache.attend`."""
+
+    sinks: nn.Parameter | None = None
 
     def __init__(self, config: LlamaConfig, dtype: str, layer: int) -> None:
         self.config, self.layer = config, layer
@@ -54,6 +56,7 @@ class LlamaAttention(nn.Module):
             scale=self.config.attention_scale,
             window=self.config.window(self.layer),
             softcap=self.config.attention_softcap,
+            sinks=self.sinks,
         )
         return self.o_proj(op.reshape(y, (n, self.heads * self.head_dim)))
 

@@ -10,12 +10,12 @@ from tvm.relax.frontend import nn
 
 from shardwright.errors import ConfigError
 from shardwright.model_defs.fields import Reader
-from shardwright.model_defs.layers import Experts, output_logits, parameter
+from shardwright.model_defs.layers import Experts, Stored, output_logits, parameter
 from shardwright.model_defs.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 from shardwright.model_defs.mistral import MistralConfig
 from shardwright.model_defs.qwen import Qwen3Config, Qwen3DecoderLayer
 
-_TRAINING = frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"})
+TRAINING = frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"})
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class MixtralConfig(MistralConfig):
         "rms_norm_eps": 1e-5,
     }
     reads = MistralConfig.reads | {"num_experts_per_tok", "num_local_experts"}
-    ignores = _TRAINING
+    ignores = TRAINING
     default_theta = 1000000.0
 
     num_experts: int = 8
@@ -40,7 +40,7 @@ class MixtralConfig(MistralConfig):
     @classmethod
     def values(cls, get: Reader) -> dict[str, Any]:
         """See `LlamaConfig.values`."""
-        return super().values(get) | _read_experts(get, "num_local_experts")
+        return super().values(get) | read_experts(get, "num_local_experts")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Qwen3MoeConfig(Qwen3Config):
         "num_experts",
         "num_experts_per_tok",
     }
-    ignores = _TRAINING
+    ignores = TRAINING
 
     num_experts: int = 128
     num_experts_per_tok: int = 8
@@ -75,7 +75,7 @@ class Qwen3MoeConfig(Qwen3Config):
     @classmethod
     def values(cls, get: Reader) -> dict[str, Any]:
         """See `LlamaConfig.values`."""
-        values = super().values(get) | _read_experts(get, "num_experts")
+        values = super().values(get) | read_experts(get, "num_experts")
         step, layers = get.integer("decoder_sparse_step", 1), values["num_hidden_layers"]
         plain = set(get.tokens("mlp_only_layers")) | {i for i in range(layers) if (i + 1) % step}
         return values | {
@@ -85,7 +85,8 @@ class Qwen3MoeConfig(Qwen3Config):
         }
 
 
-def _read_experts(get: Reader, count_key: str) -> dict[str, Any]:
+def read_experts(get: Reader, count_key: str) -> dict[str, Any]:
+    """The fields `num_experts`, which a config.json has as `count_key`, and how many are chosen."""
     count, top = get.integer(count_key), get.integer("num_experts_per_tok")
     if top > count:
         raise ConfigError(f"num_experts_per_tok: {top} is more than {count_key}, {count}")
@@ -109,7 +110,7 @@ class SparseMLP(nn.Module):
     def __init__(
         self, config: Any, mlp: int, normalize: bool, names: tuple[str, str, str], dtype: str
     ) -> None:
-        gate, up, down = (f"{{}}.{name}.weight" for name in names)
+        gate, up, down = (Stored(f"{{}}.{name}.weight") for name in names)
         self.gate = Router(config.num_experts, config.hidden_size, dtype)
         self.experts = Experts(
             count=config.num_experts,
@@ -117,7 +118,7 @@ class SparseMLP(nn.Module):
             normalize=normalize,
             embed=config.hidden_size,
             mlp=mlp,
-            paths=(gate, up, down),
+            stored=(gate, up, down),
             dtype=dtype,
         )
 

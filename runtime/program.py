@@ -223,6 +223,8 @@ class _Filler:
         """Random values of ordinary size; the same on every rank, as replicated weights must be."""
         if str(tensor.dtype) == "uint32":
             kind = "bits"
+        elif str(tensor.dtype) == "uint8":
+            kind = "exponents"
         elif "scale" in name.rsplit(".", 1)[-1]:
             kind = "scales"
         elif "norm" in name and len(tensor.shape) == 1:
@@ -254,6 +256,7 @@ class _Filler:
                 "zeros": lambda: np.zeros(count),
                 "ones": lambda: np.ones(count),
                 "bits": lambda: _nibbles(rng.integers(0, 15, 8 * count, dtype=np.uint8)),
+                "exponents": lambda: rng.integers(119, 121, count),
                 "scales": lambda: rng.uniform(0.004, 0.006, count),
                 "normal": lambda: rng.normal(0, 0.02, count),
             }

@@ -80,7 +80,8 @@ def rotary_append(before: list[Any], after: list[Any], note: Note) -> Pairs:
 
 
 def _attend(before: list[Any], note: Note) -> Array:
-    q, k_pages, v_pages, page_table, rows, positions, layer = before[:7]
+    q, k_pages, v_pages, page_table, rows, positions, *more = before[:8]
+    sinks, layer = (_wide(more[0]), more[1]) if note.get("sinks") else (None, more[0])
     out = np.zeros(q.shape)
     page_size = k_pages.shape[3]
     group = q.shape[1] // k_pages.shape[2]
@@ -96,14 +97,17 @@ def _attend(before: list[Any], note: Note) -> Array:
         if note.get("softcap"):
             scores = np.tanh(scores / note["softcap"]) * note["softcap"]
         weights = np.exp(scores - scores.max(1, keepdims=True))
-        weights /= weights.sum(1, keepdims=True)
+        total = weights.sum(1, keepdims=True)
+        if sinks is not None:
+            total += np.exp(sinks[:, None] - scores.max(1, keepdims=True))
+        weights /= total
         out[t] = np.einsum("hp,phd->hd", weights, values)
     return out
 
 
 def attention(before: list[Any], after: list[Any], note: Note) -> Pairs:
-    """`(q, k_pages, v_pages, page_table, rows, positions, layer) -> out [n,H,D]`."""
-    return [(after[7], _attend(before, note))]
+    """`(q, k_pages, v_pages, page_table, rows, positions[, sinks], layer) -> out [n,H,D]`."""
+    return [(after[-1], _attend(before, note))]
 
 
 def decode_attention(before: list[Any], after: list[Any], note: Note) -> Pairs:
@@ -121,10 +125,13 @@ def decode_attention(before: list[Any], after: list[Any], note: Note) -> Pairs:
     return [(after[-3], _attend([query, *after[at : at + 2], *where], note)), *pages]
 
 
-def _join(sums: Array, stats: Array) -> Array:
+def _join(sums: Array, stats: Array, sinks: Array | None = None) -> Array:
     highest, mass = _wide(stats[..., 0]), _wide(stats[..., 1])
     share = np.exp2(highest - highest.max(0))
     total = (share * mass).sum(0)
+    if sinks is not None:
+        sink = np.exp2(_wide(sinks) / np.log(2) - highest.max(0))
+        total = np.where(total == 0, 0, total + sink)
     # The sums of pieces without mass are not written.
     parts = np.where(mass[..., None] > 0, _wide(sums), 0) * share[..., None]
     joined: Array = parts.sum(0) / np.where(total == 0, 1, total)[..., None]
@@ -137,8 +144,8 @@ def attention_partial(before: list[Any], after: list[Any], note: Note) -> Pairs:
 
 
 def attention_combine(before: list[Any], after: list[Any], note: Note) -> Pairs:
-    """`(sums, stats) -> out`."""
-    return [(after[2], _join(before[0], before[1]))]
+    """`(sums, stats[, sinks]) -> out`."""
+    return [(after[-1], _join(*before[:-1]))]
 
 
 def store_logits(before: list[Any], after: list[Any], note: Note) -> Pairs:

@@ -24,13 +24,15 @@ def test_every_family(name, ranks, tmp_path):
     check(CASES[name], built(CASES[name], ranks, tmp_path, families), families, rounds=1)
 
 
-EXPERTS = [name for name in CASES if "mixtral" in name or "moe" in name]
+EXPERTS = [name for name in CASES if "num_experts_per_tok" in CASES[name].config]
 
 
 @pytest.mark.parametrize(
     ("name", "ranks"),
     [
-        pytest.param(n, r, marks=() if (n, r) in {("mixtral", 3)} else pytest.mark.matrix)
+        pytest.param(
+            n, r, marks=() if (n, r) in {("mixtral", 3), ("gpt-oss", 2)} else pytest.mark.matrix
+        )
         for n in EXPERTS
         for r in RANKS
     ],
@@ -43,7 +45,7 @@ def test_whole_experts_on_each_rank(name, ranks, tmp_path):
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("options", [{}, {"expert_parallel": True}])
-@pytest.mark.parametrize("name", ["gemma2", "phi3", "mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "mixtral", "qwen3-moe", "gpt-oss"])
 def test_four_bits_agree_for_every_number_of_ranks(name, options, tmp_path):
     if options and name not in EXPERTS:
         pytest.skip("has no experts")

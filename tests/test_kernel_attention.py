@@ -55,7 +55,7 @@ class Paged:
         return cache[layer, self.table[row, at // self.page_size], :, at % self.page_size]
 
 
-def attend(q, paged, rows, positions, layer, scale, window=0, softcap=0.0):
+def attend(q, paged, rows, positions, layer, scale, window=0, softcap=0.0, sinks=None):
     out = np.zeros(q.shape)
     group = q.shape[1] // paged.sizes["kv_heads"]
     for t, (row, position) in enumerate(zip(rows, positions, strict=True)):
@@ -68,25 +68,32 @@ def attend(q, paged, rows, positions, layer, scale, window=0, softcap=0.0):
             s = softcap * np.tanh(s / softcap)
         if window:
             s[:, : max(0, position + 1 - window)] = -np.inf
-        w = np.exp(s - s.max(1, keepdims=True))
-        out[t] = np.einsum("hp,phd->hd", w / w.sum(1, keepdims=True), v)
+        top = s.max(1, keepdims=True)
+        w = np.exp(s - top)
+        total = w.sum(1, keepdims=True)
+        if sinks is not None:
+            total += np.exp(sinks[:, None].astype("float64") - top)
+        out[t] = np.einsum("hp,phd->hd", w / total, v)
     return out
 
 
-def check_attention(paged, heads, rows, positions, layer=1, tokens=None, scale=None, **masks):
+def check_attention(
+    paged, heads, rows, positions, layer=1, tokens=None, scale=None, sinks=None, **masks
+):
     rng = np.random.default_rng(1)
     dtype, head_dim = paged.sizes["dtype"], paged.sizes["head_dim"]
     q = rng.standard_normal((len(rows), heads, head_dim)).astype(dtype)
     rows, positions = np.array(rows, "int32"), np.array(positions, "int32")
     out = np.full(q.shape, 7, dtype)
     scale = scale or 1 / math.sqrt(head_dim)
-    sizes = paged.sizes | masks
+    sizes = paged.sizes | masks | {"sinks": sinks is not None}
     kernel = build(attention.attention_cpu(tokens=tokens, heads=heads, scale=scale, **sizes))
-    kernel(q, paged.k, paged.v, paged.table, rows, positions, layer, out)
+    read = [] if sinks is None else [sinks]
+    kernel(q, paged.k, paged.v, paged.table, rows, positions, *read, layer, out)
     tolerance = 2e-5 if dtype == "float32" else 2e-3
     np.testing.assert_allclose(
         out,
-        attend(q, paged, rows, positions, layer, scale, **masks),
+        attend(q, paged, rows, positions, layer, scale, sinks=sinks, **masks),
         atol=tolerance,
         rtol=tolerance,
     )
@@ -129,6 +136,13 @@ def test_soft_capped_scores(masks):
     # Scores of some tens, so that the cap shows.
     paged = Paged([33, 5], kv_heads=2, head_dim=16, page_size=4, dtype="float32")
     check_attention(paged, 4, [0, 1, 0], [32, 4, 9], scale=4.0, **masks)
+
+
+@pytest.mark.parametrize("window", [0, 7])
+def test_sinks_below_and_far_above_the_scores(window):
+    paged = Paged([33, 5], kv_heads=2, head_dim=16, page_size=4, dtype="float32")
+    sinks = np.array([-2.0, 0.5, 3.0, -100.0, 200.0, 1.0], "float32")
+    check_attention(paged, 6, [0, 1, 0, 1], [32, 4, -1, 0], sinks=sinks, window=window)
 
 
 def test_large_scores_do_not_overflow():

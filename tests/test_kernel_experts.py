@@ -56,6 +56,7 @@ FORMATS = {
     "q8-zeros": Packing(8, 4, zeros=True),
     "e4m3-rows": Packing(8, 0, code="e4m3", scale_dtype="float32"),
     "e4m3-blocks": Packing(8, 32, code="e4m3", scale_dtype="float32"),
+    "mxfp4": Packing(4, 32, code="e2m1", scale_dtype="uint8"),
 }
 
 
@@ -81,7 +82,11 @@ def tensors_of(rng, packing, shape, dtype):
         codes[(codes & 0x7F) == 0x7F] = 0x01  # the smallest number instead of NaN
     largest = 448 if packing.code == "e4m3" else 1 << packing.bits
     side = (experts * rows, cols // packing.group)
-    scale = (rng.uniform(-2, 2, side) / largest * cols**-0.5).astype(packing.scale_dtype)
+    if packing.code == "e2m1":
+        scale = rng.integers(119, 124, side).astype(np.uint8)
+        scale[0, 0], scale[1, -1] = 0, 1  # zero, and far below what half precision has
+    else:
+        scale = (rng.uniform(-2, 2, side) / largest * cols**-0.5).astype(packing.scale_dtype)
     zero = rng.integers(0, 1 << packing.bits, side).astype(packing.scale_dtype)
     zero = zero if packing.zeros else None
     words = pack(codes, packing.bits)
@@ -89,13 +94,30 @@ def tensors_of(rng, packing, shape, dtype):
     return [words, scale, scale if zero is None else zero], values.reshape(shape)
 
 
+def clamped(g, u, alpha, limit):
+    g, u = np.minimum(g, limit), np.clip(u, -limit, limit)
+    return g / (1 + np.exp(-alpha * g)) * (u + 1)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("split", [False, True])
+def test_biases_and_a_clamped_activation(split, rank):
+    """With `split` a rank has a part of every expert, and only rank 0 adds the last bias."""
+    check_products("plain", "float32", rank, split, alpha=1.7, limit=0.5)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_products_with_chosen_experts(name, dtype, rank):
     """Of six experts a rank has three; slots of the others count for nothing."""
+    check_products(name, dtype, rank)
+
+
+def check_products(name, dtype, rank, split=False, **activation):
     rng = np.random.default_rng(0)
-    n, top, held = 5, 2, 3
+    n, top, held = 5, 2, 6 if split else 3
+    biased = bool(activation)
     inner, mlp = width_of(name, 64), width_of(name, 96)
     ids = np.stack([rng.permutation(6)[:top] for _ in range(n)]).astype("int32")
     weights = rng.random((n, top)).astype("float32")
@@ -107,18 +129,26 @@ def test_products_with_chosen_experts(name, dtype, rank):
     common = dict(tokens=None, top=top, experts=held, dtype=dtype, target="cpu")
     h, out = np.zeros((n * top, mlp), dtype), np.zeros((n, inner), dtype)
     number = np.array([rank], "int32")
-    first = build(experts.experts_up(rows=mlp, cols=inner, packing=into, **common))
-    first(x, *gate, *up, ids, number, h)
-    second = build(experts.experts_down(rows=inner, cols=mlp, packing=out_of, **common))
-    second(h, *down, ids, weights, number, out)
+    start = np.zeros(1, "int32") if split else number
+    biases = [rng.standard_normal((held, size)).astype("float32") for size in (mlp, mlp, inner)]
+    flat = [b.reshape(-1, 1) if biased else start for b in biases]
+    sizes = dict(rows=mlp, cols=inner, packing=into, biased=biased, **activation, **common)
+    build(experts.experts_up(**sizes))(x, *gate, *up, *flat[:2], ids, start, h)
+    sizes = dict(rows=inner, cols=mlp, packing=out_of, biased=biased, split=split, **common)
+    build(experts.experts_down(**sizes))(h, *down, flat[2], ids, weights, number, out)
 
     want = np.zeros((n, inner))
     for t in range(n):
         for k in range(top):
-            e = ids[t, k] - rank * held
+            e = ids[t, k] - start[0] * held
             if 0 <= e < held:
-                y = silu(wg[e] @ x[t].astype("float64")) * (wu[e] @ x[t].astype("float64"))
-                want[t] += weights[t, k] * (wd[e] @ y)
+                g, u = wg[e] @ x[t].astype("float64"), wu[e] @ x[t].astype("float64")
+                if biased:
+                    y = clamped(g + biases[0][e], u + biases[1][e], **activation)
+                else:
+                    y = silu(g) * u
+                last = biases[2][e] if biased and not (split and rank) else 0
+                want[t] += weights[t, k] * (wd[e] @ y + last)
     tolerance = 1e-5 if dtype == "float32" else 5e-3
     np.testing.assert_allclose(out, want, atol=tolerance, rtol=tolerance)
 
@@ -145,3 +175,16 @@ def test_cuda_source(name):
         text = source(experts.experts_grouped(tokens=None, gated=gated, **product))
         assert "__shared__" in text
     assert source(experts.expert_order(tokens=None, top=2, experts=4, target="cuda"))
+
+
+def test_cuda_source_with_biases():
+    common = dict(top=2, experts=4, dtype="float16", target="cuda", biased=True)
+    product = dict(rows=96, cols=64, packing=FORMATS["mxfp4"], **common)
+    gates = dict(alpha=1.702, limit=7.0)
+    assert "__shfl_xor_sync" in source(experts.experts_up(tokens=2, **gates, **product))
+    assert "__shfl_xor_sync" in source(experts.experts_down(tokens=2, split=True, **product))
+    grouped = experts.experts_grouped(tokens=None, gated=True, **gates, **product)
+    assert "__shared__" in source(grouped)
+    for split in (False, True):
+        total = experts.experts_sum(tokens=None, features=64, split=split, **common)
+        assert "blockIdx" in source(total)

@@ -686,3 +686,75 @@ def test_experts_are_cut_inside_or_shared_out_whole():
     check(Before, dict.fromkeys(inside, whole), Whole)
     with pytest.raises(ShardingError, match="experts: the cut of weight gate"):
         partition(Before, inside | {"down": EIGHT.with_dim(1)}, 2)
+
+
+def test_biases_of_experts_that_are_cut_inside_are_added_by_one_rank():
+    """Rank 0 adds what all ranks hold; `biased_split_experts` is told the rank's number."""
+    shapes = {"gate": (4, 8, 6), "up": (4, 8, 6), "down": (4, 6, 8)}
+    biases = {"gate_bias": (4, 8, 1), "up_bias": (4, 8, 1), "down_bias": (4, 6, 1)}
+    routed = {"ids": ((3, 2), "int32"), "weights": ((3, 2), "float32")}
+
+    def module(name, shapes, biases, with_rank, summed):
+        def tensor(shape, dtype="float32"):
+            return relax.TensorType(shape, dtype)
+
+        params = [relax.Var("x", tensor((3, 6)))]
+        params += [relax.Var(n, tensor(*t)) for n, t in routed.items()]
+        rank = [relax.Var("rank", tensor((1,), "int32"))] if with_rank else []
+        weights = [relax.Var(n, tensor(s)) for n, s in shapes.items()]
+        sides = [relax.Var(n, tensor(s)) for n, s in biases.items()]
+        bb = relax.BlockBuilder()
+        attrs = {"num_input": len(params) + len(rank)}
+        with bb.function("main", [*params, *rank, *weights, *sides], attrs=attrs):
+            with bb.dataflow():
+                args = [params[0], *weights, *params[1:], *sides]
+                numbers = [R.prim_value(tvm.tirx.FloatImm("float64", v)) for v in (1.7, 7.0)]
+                call = R.call_dps_packed(name, (*args, *numbers, *rank), out_ty=tensor((3, 6)))
+                y = bb.emit(call)
+                y = bb.emit(R.ccl.allreduce(y, "sum", True)) if summed else y
+                out = bb.emit_output(R.add(params[0], y))
+            bb.emit_func_output(out)
+        return bb.get()
+
+    before = module("shardwright.biased_experts", shapes, biases, False, False)
+    cut = {"gate": (4, 4, 6), "up": (4, 4, 6), "down": (4, 6, 4)}
+    cut_biases = {"gate_bias": (4, 4, 1), "up_bias": (4, 4, 1), "down_bias": (4, 6, 1)}
+    inside = {n: EIGHT.with_dim(1) for n in ("gate", "up", "gate_bias", "up_bias")}
+    inside["down"] = EIGHT.with_dim(2)
+    check(before, inside, module("shardwright.biased_split_experts", cut, cut_biases, True, True))
+    shared = {n: (2, *s[1:]) for n, s in shapes.items()}
+    shared_biases = {n: (2, *s[1:]) for n, s in biases.items()}
+    whole = dict.fromkeys([*shapes, *biases], Shard(0, 4, 1, even_table(4, 2)))
+    expected = module("shardwright.biased_local_experts", shared, shared_biases, True, True)
+    check(before, whole, expected)
+    with pytest.raises(ShardingError, match="biased_experts: the cut of weight down_bias"):
+        partition(before, inside | {"down_bias": Shard(0, 4, 1, even_table(4, 2))}, 2)
+
+
+def test_sinks_are_cut_with_the_heads():
+    def module(heads, kv_heads):
+        def tensor(*shape, dtype="float32"):
+            return relax.TensorType(shape, dtype)
+
+        cache = tensor(1, 3, kv_heads, 4, 8)
+        types = {
+            "q": tensor(5, heads, 8), "k_pages": cache, "v_pages": cache,
+            "page_table": tensor(2, 3, dtype="int32"), "rows": tensor(5, dtype="int32"),
+            "positions": tensor(5, dtype="int32"), "sinks": tensor(heads),
+        }  # fmt: skip
+        params = [relax.Var(n, t) for n, t in types.items()]
+        bb = relax.BlockBuilder()
+        with bb.function("main", params, attrs={"num_input": 7}):
+            with bb.dataflow():
+                numbers = [R.prim_value(v) for v in (0, 1, 0, 0)]
+                call = R.call_dps_packed(
+                    "shardwright.attention_sinks", (*params, *numbers), out_ty=types["q"]
+                )
+                out = bb.emit_output(bb.emit(call))
+            bb.emit_func_output(out)
+        return bb.get()
+
+    q, kv = head_tables(6, 2, 2)
+    heads, kv_heads = Shard(1, 6, 1, q), Shard(2, 2, 1, kv)
+    cuts = {"q": heads, "k_pages": kv_heads, "v_pages": kv_heads, "sinks": heads.with_dim(0)}
+    check(module(6, 2), cuts, module(3, 1))

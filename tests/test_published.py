@@ -6,12 +6,13 @@ Layers that repeat add nothing but time, so of each model as many are kept as di
 import pytest
 from reference.published import PUBLISHED
 
+from shardwright.compiler.checkpoint import Checkpoint
 from shardwright.compiler.cuda import cuda_target
 from shardwright.compiler.library import compile_program
 from shardwright.compiler.lower import lower_abstract
 from shardwright.compiler.options import BuildOptions, limits_of
 from shardwright.compiler.program import partition_program
-from shardwright.compiler.quantization import quantization
+from shardwright.compiler.scheme import model_config, scheme_of
 from shardwright.compiler.script_speed import without_source_context
 from shardwright.errors import UsageError
 from shardwright.model_defs import family_of
@@ -20,7 +21,7 @@ RANKS = (2, 4, 8)
 NAMES = list(PUBLISHED)
 TARGET = cuda_target(("sm_90a",))
 # One of each kind goes all the way to CUDA source in `make test`.
-TO_SOURCE = {("Gemma-2-27b", 8), ("Phi-4-mini", 4), ("Qwen3-30B-A3B", 2)}
+TO_SOURCE = {("Gemma-2-27b", 8), ("Phi-4-mini", 4), ("Qwen3-30B-A3B", 2), ("gpt-oss-20b", 4)}
 
 
 def shortened(config):
@@ -28,13 +29,17 @@ def shortened(config):
     whole = family.config.from_hf(config)
     kinds = list(whole.layer_types)
     layers = 1 if len(set(kinds)) < 2 else kinds.index("full_attention") + 1
-    return family, family.config.from_hf({**config, "num_hidden_layers": layers})
+    few = {**config, "num_hidden_layers": layers}
+    if "layer_types" in few:
+        few["layer_types"] = kinds[:layers]
+    return family, family.config.from_hf(few)
 
 
 def partitioned(name, ranks, tmp_path, expert_parallel=False):
-    family, config = shortened(PUBLISHED[name])
+    checkpoint = Checkpoint(tmp_path, dict(PUBLISHED[name]), {})
+    family, config = shortened(model_config(checkpoint))
     options = BuildOptions("", tmp_path, num_shards=ranks, target="cuda", max_batch_size=1)
-    scheme = quantization("q4f16_1")
+    scheme = scheme_of(None, checkpoint)
     limits = limits_of(options, config)
     model = family.model(config, scheme.dtype)
     options = {"expert_parallel": expert_parallel}
@@ -76,6 +81,17 @@ def test_whole_experts_on_each_rank(tmp_path):
     assert shapes[experts + "gate_proj"] == (128 // 8 * 1536, 4096 // 8)
     assert shapes[experts + "down_proj"] == (128 // 8 * 4096, 1536 // 8)
     compile_program(program, (TARGET,), limits, tmp_path / "model.so")
+
+
+def test_experts_in_mxfp4_keep_their_blocks(tmp_path):
+    """2,880 columns are 90 blocks of 32; a quarter is 22.5, so a rank has 23."""
+    program, _ = partitioned("gpt-oss-120b", 4, tmp_path)
+    shapes = {name: w.tensors() for name, w in program.weights.items()}
+    down, gate = (shapes[f"model.layers.0.mlp.experts.{n}_proj"] for n in ("down", "gate"))
+    assert [t[1:] for t in down] == [((128 * 2880, 92), "uint32"), ((128 * 2880, 23), "uint8")]
+    assert [t[1:] for t in gate] == [((128 * 736, 360), "uint32"), ((128 * 736, 90), "uint8")]
+    (bias,) = shapes["model.layers.0.mlp.experts.down_proj_bias"]
+    assert bias[1:] == ((128 * 2880, 1), "float32")
 
 
 def test_a_model_without_experts_refuses_to_have_them_whole(tmp_path):

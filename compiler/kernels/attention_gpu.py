@@ -103,6 +103,7 @@ def _attention(
     target: Any,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: bool = False,
 ) -> tirx.PrimFunc:
     n = extent(tokens)
     # Scores are to base 2; those to be capped come as what tanh takes.
@@ -242,6 +243,10 @@ def _attention(
                     ]
         T.tvm_storage_sync("shared")
 
+    def head_of(kp: Any, g: Any) -> Any:
+        """Query head g of a part; one past the end of its group is read as the last."""
+        return kp // parts * group + T.min(kp % parts * queries + g, group - 1)
+
     @T.inline
     def softmax_piece(q, k_pages, v_pages, page_table, rows, t, layer, kp, begin, end, tid,
                       total, highest, all_acc):  # fmt: skip
@@ -254,6 +259,77 @@ def _attention(
         join(tid, total, highest, acc, all_highest, all_total, all_acc)
 
     if whole:
+
+        @T.inline
+        def prefill(q, k_pages, v_pages, page_table, rows, positions, sink_values, layer, out):
+            for t in T.thread_binding(n, thread="blockIdx.x"):
+                for kp in T.thread_binding(kv_heads * parts, thread="blockIdx.y"):
+                    for tid in T.thread_binding(threads, thread="threadIdx.x"):
+                        total = T.alloc_buffer((queries,), "float32", scope="local")
+                        highest = T.alloc_buffer((queries,), "float32", scope="local")
+                        all_acc = T.alloc_buffer(
+                            (WARPS, queries * head_dim), "float32", scope="shared"
+                        )
+                        masses = T.alloc_buffer((queries,), "float32", scope="shared")
+                        length: T.let[T.int32] = positions[t] + 1
+                        if length > 0:
+                            softmax_piece(q, k_pages, v_pages, page_table, rows, t, layer, kp,
+                                          window_start(positions[t], window), length, tid,
+                                          total, highest, all_acc)  # fmt: skip
+                            if tid == 0:
+                                for g in T.unroll(queries):
+                                    masses[g] = total[g]
+                                    if sinks:
+                                        h = T.meta_var(head_of(kp, g))
+                                        masses[g] = total[g] + T.exp2(
+                                            sink_values[h] * T.float32(LOG2E) - highest[g]
+                                        )
+                            T.tvm_storage_sync("shared")
+                        for i in T.serial((queries * head_dim + threads - 1 - tid) // threads):
+                            g: T.let[T.int32] = (tid + i * threads) // head_dim
+                            if kp % parts * queries + g < group:
+                                value: T.float32 = T.float32(0)
+                                if length > 0:
+                                    for w in T.unroll(WARPS):
+                                        value = value + all_acc[w, tid + i * threads]
+                                    value = value / masses[g]
+                                out[
+                                    t,
+                                    kp // parts * group + kp % parts * queries + g,
+                                    (tid + i * threads) % head_dim,
+                                ] = T.cast(value, dtype)
+
+        if sinks:
+
+            @T.prim_func(s_tir=True)
+            def attention_prefill(
+                q_h: T.handle,
+                k_pages_h: T.handle,
+                v_pages_h: T.handle,
+                page_table_h: T.handle,
+                rows_h: T.handle,
+                positions_h: T.handle,
+                sinks_h: T.handle,
+                layer: T.int64,
+                out_h: T.handle,
+            ):
+                T.func_attr(SCHEDULED)
+                q = T.match_buffer(q_h, (n, heads, head_dim), dtype)
+                k_pages = T.match_buffer(k_pages_h, cache, dtype)
+                v_pages = T.match_buffer(v_pages_h, cache, dtype)
+                page_table = T.match_buffer(page_table_h, (extent(batch, "b"), max_pages), "int32")
+                rows = T.match_buffer(rows_h, (n,), "int32")
+                positions = T.match_buffer(positions_h, (n,), "int32")
+                sink_values = T.match_buffer(sinks_h, (heads,), "float32")
+                out = T.match_buffer(out_h, (n, heads, head_dim), dtype)
+                with T.sblock("root"):
+                    T.reads()
+                    T.writes()
+                    prefill(
+                        q, k_pages, v_pages, page_table, rows, positions, sink_values, layer, out
+                    )
+
+            return attention_prefill
 
         @T.prim_func(s_tir=True)
         def attention_prefill(
@@ -277,37 +353,7 @@ def _attention(
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                for t in T.thread_binding(n, thread="blockIdx.x"):
-                    for kp in T.thread_binding(kv_heads * parts, thread="blockIdx.y"):
-                        for tid in T.thread_binding(threads, thread="threadIdx.x"):
-                            total = T.alloc_buffer((queries,), "float32", scope="local")
-                            highest = T.alloc_buffer((queries,), "float32", scope="local")
-                            all_acc = T.alloc_buffer(
-                                (WARPS, queries * head_dim), "float32", scope="shared"
-                            )
-                            masses = T.alloc_buffer((queries,), "float32", scope="shared")
-                            length: T.let[T.int32] = positions[t] + 1
-                            if length > 0:
-                                softmax_piece(q, k_pages, v_pages, page_table, rows, t, layer, kp,
-                                              window_start(positions[t], window), length, tid,
-                                              total, highest, all_acc)  # fmt: skip
-                                if tid == 0:
-                                    for g in T.unroll(queries):
-                                        masses[g] = total[g]
-                                T.tvm_storage_sync("shared")
-                            for i in T.serial((queries * head_dim + threads - 1 - tid) // threads):
-                                g: T.let[T.int32] = (tid + i * threads) // head_dim
-                                if kp % parts * queries + g < group:
-                                    value: T.float32 = T.float32(0)
-                                    if length > 0:
-                                        for w in T.unroll(WARPS):
-                                            value = value + all_acc[w, tid + i * threads]
-                                        value = value / masses[g]
-                                    out[
-                                        t,
-                                        kp // parts * group + kp % parts * queries + g,
-                                        (tid + i * threads) % head_dim,
-                                    ] = T.cast(value, dtype)
+                prefill(q, k_pages, v_pages, page_table, rows, positions, positions, layer, out)
 
         return attention_prefill
 
@@ -398,17 +444,65 @@ def attention_partial(*, splits: int, **sizes: Any) -> tirx.PrimFunc:
 def attention_prefill(**sizes: Any) -> tirx.PrimFunc:
     """Attention without pieces, for many tokens at once.
 
-    `(q, k_pages, v_pages, page_table, rows, positions, layer) -> out [n,H,D]`; zeros for tokens of
-    position -1. `sizes` as for `attention_partial`.
+    `(q, k_pages, v_pages, page_table, rows, positions[, sinks], layer) -> out [n,H,D]`; zeros for
+    tokens of position -1. `sizes` as for `attention_partial`, and `sinks` as for `attention_cpu`.
     """
     return _attention(splits=1, whole=True, **sizes)
 
 
 def attention_combine(
-    *, tokens: int | None, heads: int, head_dim: int, dtype: str, splits: int, target: Any
+    *,
+    tokens: int | None,
+    heads: int,
+    head_dim: int,
+    dtype: str,
+    splits: int,
+    target: Any,
+    sinks: bool = False,
 ) -> tirx.PrimFunc:
-    """Join the pieces: `(sums, stats) -> out [n,H,D]`, zeros where no piece has mass."""
+    """Join the pieces: `(sums, stats[, sinks]) -> out [n,H,D]`, zeros where no piece has mass."""
     n = extent(tokens)
+
+    @T.inline
+    def combine(sums, stats, sink_values, out):
+        for t in T.thread_binding(n, thread="blockIdx.x"):
+            for h in T.thread_binding(heads, thread="blockIdx.y"):
+                for d in T.thread_binding(head_dim, thread="threadIdx.x"):
+                    above: T.float32 = T.float32(LOWEST)
+                    for s in T.serial(splits):
+                        above = T.max(above, stats[s, t, h, 0])
+                    mass: T.float32 = T.float32(0)
+                    value: T.float32 = T.float32(0)
+                    for s in T.serial(splits):
+                        weight: T.let[T.float32] = T.exp2(stats[s, t, h, 0] - above)
+                        mass = mass + weight * stats[s, t, h, 1]
+                        # The sums of pieces without mass are not written.
+                        value = value + weight * T.if_then_else(
+                            stats[s, t, h, 1] > T.float32(0), sums[s, t, h, d], T.float32(0)
+                        )
+                    if mass == T.float32(0):
+                        mass = T.float32(1)
+                    elif sinks:
+                        mass = mass + T.exp2(sink_values[h] * T.float32(LOG2E) - above)
+                    out[t, h, d] = T.cast(value / mass, dtype)
+
+    if sinks:
+
+        @T.prim_func(s_tir=True)
+        def attention_combine(
+            sums_h: T.handle, stats_h: T.handle, sinks_h: T.handle, out_h: T.handle
+        ):
+            T.func_attr(SCHEDULED)
+            sums = T.match_buffer(sums_h, (splits, n, heads, head_dim), "float32")
+            stats = T.match_buffer(stats_h, (splits, n, heads, 2), "float32")
+            sink_values = T.match_buffer(sinks_h, (heads,), "float32")
+            out = T.match_buffer(out_h, (n, heads, head_dim), dtype)
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                combine(sums, stats, sink_values, out)
+
+        return attention_combine
 
     @T.prim_func(s_tir=True)
     def attention_combine(sums_h: T.handle, stats_h: T.handle, out_h: T.handle):
@@ -419,23 +513,6 @@ def attention_combine(
         with T.sblock("root"):
             T.reads()
             T.writes()
-            for t in T.thread_binding(n, thread="blockIdx.x"):
-                for h in T.thread_binding(heads, thread="blockIdx.y"):
-                    for d in T.thread_binding(head_dim, thread="threadIdx.x"):
-                        above: T.float32 = T.float32(LOWEST)
-                        for s in T.serial(splits):
-                            above = T.max(above, stats[s, t, h, 0])
-                        mass: T.float32 = T.float32(0)
-                        value: T.float32 = T.float32(0)
-                        for s in T.serial(splits):
-                            weight: T.let[T.float32] = T.exp2(stats[s, t, h, 0] - above)
-                            mass = mass + weight * stats[s, t, h, 1]
-                            # The sums of pieces without mass are not written.
-                            value = value + weight * T.if_then_else(
-                                stats[s, t, h, 1] > T.float32(0), sums[s, t, h, d], T.float32(0)
-                            )
-                        if mass == T.float32(0):
-                            mass = T.float32(1)
-                        out[t, h, d] = T.cast(value / mass, dtype)
+            combine(sums, stats, stats, out)
 
     return attention_combine

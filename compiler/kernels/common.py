@@ -162,6 +162,13 @@ def silu_mul(gate: Any, up: Any, dtype: str) -> Any:
     return T.cast(g / (T.float32(1) + T.exp(-g)) * u, dtype)
 
 
+def clamped_swiglu(gate: Any, up: Any, dtype: str, alpha: float, limit: float) -> Any:
+    """`(u + 1) * g * sigmoid(alpha * g)`, g at most `limit`, u at most so far from zero."""
+    g = T.min(gate, T.float32(limit))
+    u = T.max(T.min(up, T.float32(limit)), T.float32(-limit))
+    return T.cast(g / (T.float32(1) + T.exp(g * T.float32(-alpha))) * (u + T.float32(1)), dtype)
+
+
 def nibble(word: Any, i: Any) -> Any:
     """Four-bit element i of a word of `matmul.py`'s format as float32, before its scale."""
     bits = T.bitwise_and(T.shift_right(word, T.cast(i * 4, "uint32")), T.uint32(15))
@@ -172,7 +179,8 @@ def element(word: Any, index: Any, packing: Packing) -> Any:
     """Element `index` of a word as float32, before its zero point and scale.
 
     Small integers are or-ed into the last bits of 1024 in half precision, since conversions from
-    integers are slow on GPUs. The bits of an e4m3 number, moved, are a half that is 2 ** -8 of it.
+    integers are slow on GPUs. The bits of an e4m3 number, moved, are a half that is 2 ** -8 of it,
+    those of an e2m1 number 2 ** -14.
     """
     bits = T.shift_right(word, T.cast(index * packing.bits, "uint32"))
     if packing.code == "e4m3":
@@ -180,6 +188,18 @@ def element(word: Any, index: Any, packing: Packing) -> Any:
         rest = T.shift_left(T.bitwise_and(bits, T.uint32(0x7F)), T.uint32(7))
         half = T.reinterpret("float16", T.cast(T.bitwise_or(sign, rest), "uint16"))
         return T.cast(half, "float32") * T.float32(256)
+    if packing.code == "e2m1":
+        sign = T.shift_left(T.bitwise_and(bits, T.uint32(8)), T.uint32(12))
+        rest = T.shift_left(T.bitwise_and(bits, T.uint32(7)), T.uint32(9))
+        half = T.reinterpret("float16", T.cast(T.bitwise_or(sign, rest), "uint16"))
+        return T.cast(half, "float32") * T.float32(16384)
     masked = T.bitwise_and(bits, T.uint32((1 << packing.bits) - 1))
     half = T.reinterpret("float16", T.cast(T.bitwise_or(masked, T.uint32(0x6400)), "uint16"))
     return T.cast(half, "float32") - T.float32(1024 + packing.offset)
+
+
+def scale_of(stored: Any, packing: Packing) -> Any:
+    """A scale as float32; the eight bits of an e8m0 number are the exponent of one."""
+    if packing.code == "e2m1":
+        return T.reinterpret("float32", T.shift_left(T.cast(stored, "uint32"), T.uint32(23)))
+    return T.cast(stored, "float32")

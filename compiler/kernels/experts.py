@@ -5,8 +5,9 @@
 Slot s of `n * top` is choice `s % top` of token `s // top`. A weight `[experts * rows, cols]` is
 three tensors in any format of `packing`: words, scales and zero points. In place of those that a
 format does not have stands the one before, which is not read; a plain weight (no packing) stands
-there three times. The experts of a rank are those from `rank * experts` on. Slots of others are
-skipped: what is written of them is not read, and in the sum they are zero.
+there three times. Only experts that are `biased` have a bias, float32 `[experts * rows, 1]`; for
+others the rank stands in its place. The experts of a rank are those from `rank * experts` on. Slots
+of others are skipped: what is written of them is not read, and in the sum they are zero.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from shardwright.compiler.packing import Packing
 
 from .common import (
     SCHEDULED,
+    clamped_swiglu,
     element,
     extent,
     for_blocks,
     for_threads,
     is_gpu,
     lanes_for,
+    scale_of,
     shuffle_xor,
     silu_mul,
     warp_size_of,
@@ -93,7 +96,7 @@ def route(
     return route
 
 
-Buffer = tuple[tuple[int, int], str]
+Buffer = tuple[tuple[int, ...], str]
 
 
 def _buffers(rows: int, cols: int, packing: Packing | None, dtype: str) -> list[Buffer]:
@@ -102,6 +105,15 @@ def _buffers(rows: int, cols: int, packing: Packing | None, dtype: str) -> list[
         return [((rows, cols), dtype)] * 3
     side = ((rows, cols // packing.group), packing.scale_dtype)
     return [((rows, cols // packing.per_word), "uint32"), side, side]
+
+
+def _bias_buffer(rows: int, biased: bool) -> Buffer:
+    return ((rows, 1), "float32") if biased else ((1,), "int32")
+
+
+def _activation(gate: Any, up: Any, dtype: str, alpha: float, limit: float) -> Any:
+    """What an expert makes of its two products; with a `limit` it is clamped."""
+    return clamped_swiglu(gate, up, dtype, alpha, limit) if limit else silu_mul(gate, up, dtype)
 
 
 def experts_up(
@@ -114,17 +126,22 @@ def experts_up(
     packing: Packing | None,
     dtype: str,
     target: Any,
+    biased: bool = False,
+    alpha: float = 0.0,
+    limit: float = 0.0,
 ) -> tirx.PrimFunc:
     """The gated product of each slot: `silu(x @ gate.T) * (x @ up.T)`.
 
-    `(x [n,cols], gate (3), up (3), ids [n,top] i32, rank [1] i32) -> h [n*top, rows]`. On a GPU for
-    few tokens: a warp takes a row of both weights.
+    `(x [n,cols], gate (3), up (3), gate_bias, up_bias, ids [n,top] i32, rank [1] i32) ->
+    h [n*top, rows]`. With a `limit` the activation is `common.clamped_swiglu`. On a GPU for few
+    tokens: a warp takes a row of both weights.
     """
     n = extent(tokens)
     gpu = is_gpu(target)
     warp = warp_size_of(target)
     per_block = THREADS // warp if gpu else 1
     words, scales, zeros = _buffers(experts * rows, cols, packing, dtype)
+    bias = _bias_buffer(experts * rows, biased)
     unit = _unit(cols, packing, gpu, dtype)
 
     @T.prim_func(s_tir=True)
@@ -136,6 +153,8 @@ def experts_up(
         up_h: T.handle,
         up_scale_h: T.handle,
         up_zero_h: T.handle,
+        gate_bias_h: T.handle,
+        up_bias_h: T.handle,
         ids_h: T.handle,
         rank_h: T.handle,
         h_h: T.handle,
@@ -148,6 +167,8 @@ def experts_up(
         up = T.match_buffer(up_h, *words)
         up_scale = T.match_buffer(up_scale_h, *scales)
         up_zero = T.match_buffer(up_zero_h, *zeros)
+        gate_bias = T.match_buffer(gate_bias_h, *bias)
+        up_bias = T.match_buffer(up_bias_h, *bias)
         ids = T.match_buffer(ids_h, (n, top), "int32")
         rank = T.match_buffer(rank_h, (1,), "int32")
         h = T.match_buffer(h_h, (n * top, rows), dtype)
@@ -175,7 +196,10 @@ def experts_up(
                                 g = g + shuffle_xor(g, T.shift_right(warp // 2, s), warp)
                                 u = u + shuffle_xor(u, T.shift_right(warp // 2, s), warp)
                             if tid % warp == 0:
-                                h[slot, row] = silu_mul(g, u, dtype)
+                                if biased:
+                                    g = g + gate_bias[expert * rows + row, 0]
+                                    u = u + up_bias[expert * rows + row, 0]
+                                h[slot, row] = _activation(g, u, dtype, alpha, limit)
 
     return experts_up
 
@@ -190,17 +214,21 @@ def experts_down(
     packing: Packing | None,
     dtype: str,
     target: Any,
+    biased: bool = False,
+    split: bool = False,
 ) -> tirx.PrimFunc:
     """The weighted sum of the slots' products: `sum over k of weights[:, k] * (h @ down.T)`.
 
-    `(h [n*top,cols], down (3), ids [n,top] i32, weights [n,top] f32, rank [1] i32) ->
-    out [n, rows]`; as `experts_up`.
+    `(h [n*top,cols], down (3), bias, ids [n,top] i32, weights [n,top] f32, rank [1] i32) ->
+    out [n, rows]`; as `experts_up`. With `split` every rank has a part of all experts, and only
+    rank 0 adds their biases.
     """
     n = extent(tokens)
     gpu = is_gpu(target)
     warp = warp_size_of(target)
     per_block = THREADS // warp if gpu else 1
     words, scales, zeros = _buffers(experts * rows, cols, packing, dtype)
+    biases = _bias_buffer(experts * rows, biased)
     unit = _unit(cols, packing, gpu, dtype)
 
     @T.prim_func(s_tir=True)
@@ -209,6 +237,7 @@ def experts_down(
         down_h: T.handle,
         down_scale_h: T.handle,
         down_zero_h: T.handle,
+        bias_h: T.handle,
         ids_h: T.handle,
         weights_h: T.handle,
         rank_h: T.handle,
@@ -219,6 +248,7 @@ def experts_down(
         down = T.match_buffer(down_h, *words)
         down_scale = T.match_buffer(down_scale_h, *scales)
         down_zero = T.match_buffer(down_zero_h, *zeros)
+        bias = T.match_buffer(bias_h, *biases)
         ids = T.match_buffer(ids_h, (n, top), "int32")
         weights = T.match_buffer(weights_h, (n, top), "float32")
         rank = T.match_buffer(rank_h, (1,), "int32")
@@ -234,7 +264,7 @@ def experts_down(
                             a = T.alloc_buffer((unit,), "float32", scope="local")
                             total: T.float32 = T.float32(0)
                             for k in T.serial(top):
-                                expert: T.let[T.int32] = ids[t, k] - rank[0] * experts
+                                expert: T.let[T.int32] = ids[t, k] - _first(rank, experts, split)
                                 if expert >= 0 and expert < experts:
                                     _dot(h, t * top + k, down, down_scale, down_zero,
                                          expert * rows + row, a, tid % warp, warp, cols, unit,
@@ -246,9 +276,28 @@ def experts_down(
                                     total, T.shift_right(warp // 2, s), warp
                                 )
                             if tid % warp == 0:
+                                if biased:
+                                    for k in T.serial(top):
+                                        owner: T.let[T.int32] = ids[t, k] - _first(
+                                            rank, experts, split
+                                        )
+                                        if _adds(owner, rank, experts, split):
+                                            total = (
+                                                total + weights[t, k] * bias[owner * rows + row, 0]
+                                            )
                                 out[t, row] = T.cast(total, dtype)
 
     return experts_down
+
+
+def _first(rank: Any, experts: int, split: bool) -> Any:
+    """The first expert of this rank."""
+    return T.int32(0) if split else rank[0] * experts
+
+
+def _adds(expert: Any, rank: Any, experts: int, split: bool) -> Any:
+    """Whether this rank adds the bias of its expert number `expert`, which may be another's."""
+    return rank[0] == 0 if split else T.And(expert >= 0, expert < experts)
 
 
 def _unit(cols: int, packing: Packing | None, gpu: bool, dtype: str) -> int:
@@ -290,7 +339,7 @@ def _dot(x, source_row, weight, scale, zero, row, acc, lane, lanes, cols, unit, 
                 for i in T.unroll(unit):
                     acc[i] = acc[i] + T.cast(values[i], "float32") * T.cast(xs[i], "float32")
         else:
-            factor: T.let[T.float32] = T.cast(scale[row, first // packing.group], "float32")
+            factor: T.let[T.float32] = scale_of(scale[row, first // packing.group], packing)
             origin: T.let[T.float32] = (
                 T.cast(zero[row, first // packing.group], "float32")
                 if packing.zeros
@@ -389,17 +438,21 @@ def experts_grouped(
     dtype: str,
     gated: bool,
     target: Any,
+    biased: bool = False,
+    alpha: float = 0.0,
+    limit: float = 0.0,
 ) -> tirx.PrimFunc:
     """Products of many slots at once, those of an expert together, for GPUs.
 
-    `(x, w (3), up (3), order [n*top] i32, begin [E+1] i32) -> y [n*top, rows]`. With `gated`, x is
-    [n,cols] and y `silu(x @ w.T) * (x @ up.T)`; else x is [n*top,cols], y is `x @ w.T`, and `up`
-    is w again and not read. A block has an expert and `TILE` rows of its
-    weight, and goes through its slots `TILE` at a time; a thread has 4 x 4 sums, in float32.
+    `(x, w (3), up (3), w_bias, up_bias, order [n*top] i32, begin [E+1] i32) -> y [n*top, rows]`.
+    With `gated`, x is [n,cols] and y as in `experts_up`; else x is [n*top,cols], y is `x @ w.T`,
+    `up` is w again and not read, and there are no biases. A block has an expert and `TILE` rows of
+    its weight, and goes through its slots `TILE` at a time; a thread has 4 x 4 sums, in float32.
     """
     slots = extent(tokens and tokens * top, "slots")
     x_rows = extent(tokens) if gated else slots
     words, scales, zeros = _buffers(experts * rows, cols, packing, dtype)
+    bias = _bias_buffer(experts * rows, biased)
     kinds = 2 if gated else 1
     wide = lanes_for(cols, 8 if dtype == "float16" else 4)  # elements read at once
     # Codes that are unpacked together; ten in a word do not divide what a thread takes.
@@ -425,8 +478,8 @@ def experts_grouped(
                 c = T.meta_var(column + p * span)
                 if row < rows and c < cols:
                     word: T.let[T.uint32] = source[expert * rows + row, c // packing.per_word]
-                    factor: T.let[T.float32] = T.cast(
-                        scale[expert * rows + row, c // packing.group], "float32"
+                    factor: T.let[T.float32] = scale_of(
+                        scale[expert * rows + row, c // packing.group], packing
                     )
                     origin: T.let[T.float32] = (
                         T.cast(zero[expert * rows + row, c // packing.group], "float32")
@@ -467,6 +520,8 @@ def experts_grouped(
         up_h: T.handle,
         up_scale_h: T.handle,
         up_zero_h: T.handle,
+        w_bias_h: T.handle,
+        up_bias_h: T.handle,
         order_h: T.handle,
         begin_h: T.handle,
         y_h: T.handle,
@@ -479,6 +534,8 @@ def experts_grouped(
         up = T.match_buffer(up_h, *words)
         up_scale = T.match_buffer(up_scale_h, *scales)
         up_zero = T.match_buffer(up_zero_h, *zeros)
+        w_bias = T.match_buffer(w_bias_h, *bias)
+        up_bias = T.match_buffer(up_bias_h, *bias)
         order = T.match_buffer(order_h, (slots,), "int32")
         begin = T.match_buffer(begin_h, (experts + 1,), "int32")
         y = T.match_buffer(y_h, (slots, rows), dtype)
@@ -525,36 +582,54 @@ def experts_grouped(
                                 if first + tid // 16 * 4 + i < end:
                                     slot: T.let[T.int32] = order[first + tid // 16 * 4 + i]
                                     for j in T.unroll(4):
-                                        if block * TILE + tid % 16 * 4 + j < rows:
+                                        row = T.meta_var(block * TILE + tid % 16 * 4 + j)
+                                        if row < rows:
+                                            g: T.float32 = acc[i * 4 + j]
                                             if gated:
-                                                y[slot, block * TILE + tid % 16 * 4 + j] = silu_mul(
-                                                    acc[i * 4 + j],
-                                                    acc[(kinds - 1) * 16 + i * 4 + j],
-                                                    dtype,
+                                                u: T.float32 = acc[(kinds - 1) * 16 + i * 4 + j]
+                                                if biased:
+                                                    g = g + w_bias[e * rows + row, 0]
+                                                    u = u + up_bias[e * rows + row, 0]
+                                                y[slot, row] = _activation(
+                                                    g, u, dtype, alpha, limit
                                                 )
                                             else:
-                                                y[slot, block * TILE + tid % 16 * 4 + j] = T.cast(
-                                                    acc[i * 4 + j], dtype
-                                                )
+                                                y[slot, row] = T.cast(g, dtype)
 
     return experts_grouped
 
 
 def experts_sum(
-    *, tokens: int | None, top: int, experts: int, features: int, dtype: str, target: Any
+    *,
+    tokens: int | None,
+    top: int,
+    experts: int,
+    features: int,
+    dtype: str,
+    target: Any,
+    biased: bool = False,
+    split: bool = False,
 ) -> tirx.PrimFunc:
-    """`(y [n*top,F], ids [n,top] i32, weights [n,top] f32, rank [1] i32) -> out [n,F]`, for GPUs.
+    """The weighted sum over the slots of a token that this rank has an expert for, for GPUs.
 
-    The weighted sum over the slots of a token that this rank has an expert for.
+    `(y [n*top,F], bias, ids [n,top] i32, weights [n,top] f32, rank [1] i32) -> out [n,F]`, with
+    biases as in `experts_down`.
     """
     n = extent(tokens)
+    biases = _bias_buffer(experts * features, biased)
 
     @T.prim_func(s_tir=True)
     def experts_sum(
-        y_h: T.handle, ids_h: T.handle, weights_h: T.handle, rank_h: T.handle, out_h: T.handle
+        y_h: T.handle,
+        bias_h: T.handle,
+        ids_h: T.handle,
+        weights_h: T.handle,
+        rank_h: T.handle,
+        out_h: T.handle,
     ):
         T.func_attr(SCHEDULED)
         y = T.match_buffer(y_h, (n * top, features), dtype)
+        bias = T.match_buffer(bias_h, *biases)
         ids = T.match_buffer(ids_h, (n, top), "int32")
         weights = T.match_buffer(weights_h, (n, top), "float32")
         rank = T.match_buffer(rank_h, (1,), "int32")
@@ -567,11 +642,17 @@ def experts_sum(
                     for i in T.serial((features + THREADS - 1 - tid) // THREADS):
                         total: T.float32 = T.float32(0)
                         for k in T.serial(top):
-                            expert: T.let[T.int32] = ids[t, k] - rank[0] * experts
+                            expert: T.let[T.int32] = ids[t, k] - _first(rank, experts, split)
                             if expert >= 0 and expert < experts:
-                                total = total + weights[t, k] * T.cast(
+                                value: T.float32 = T.cast(
                                     y[t * top + k, i * THREADS + tid], "float32"
                                 )
+                                if biased:
+                                    if _adds(expert, rank, experts, split):
+                                        value = (
+                                            value + bias[expert * features + i * THREADS + tid, 0]
+                                        )
+                                total = total + weights[t, k] * value
                         out[t, i * THREADS + tid] = T.cast(total, dtype)
 
     return experts_sum

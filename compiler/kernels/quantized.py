@@ -23,6 +23,7 @@ from .common import (
     for_threads,
     is_gpu,
     lanes_for,
+    scale_of,
     shuffle_xor,
     warp_size_of,
 )
@@ -63,7 +64,7 @@ def quantized_matmul_cpu(
                     for l in T.vectorized(lanes):
                         acc[t, l] = T.float32(0)
                 for u in T.serial(in_features // unit):
-                    factor: T.let[T.float32] = T.cast(scale[o, u * unit // group], "float32")
+                    factor: T.let[T.float32] = scale_of(scale[o, u * unit // group], packing)
                     origin: T.let[T.float32] = (
                         T.cast(zero[o, u * unit // group], "float32") if zeros else T.float32(0)
                     )
@@ -154,7 +155,7 @@ def quantized_take(
                 for i in T.serial((words_of_row + threads - 1 - tid) // threads):
                     word: T.uint32 = words[safe, tid + i * threads]
                     at: T.let[T.int32] = (tid + i * threads) * per_word // group
-                    factor: T.let[T.float32] = T.cast(scale[safe, at], "float32")
+                    factor: T.let[T.float32] = scale_of(scale[safe, at], packing)
                     origin: T.let[T.float32] = (
                         T.cast(zero[safe, at], "float32") if zeros else T.float32(0)
                     )
@@ -241,8 +242,8 @@ def dequantize(
                         row: T.let[T.int64] = at // words_of_row
                         column: T.let[T.int64] = at % words_of_row
                         word: T.uint32 = words[row, column]
-                        factor: T.let[T.float32] = T.cast(
-                            scale[row, column * per_word // group], "float32"
+                        factor: T.let[T.float32] = scale_of(
+                            scale[row, column * per_word // group], packing
                         )
                         origin: T.let[T.float32] = (
                             T.cast(zero[row, column * per_word // group], "float32")
@@ -344,7 +345,7 @@ def quantized_gemv(
                     for r in T.unroll(rows):
                         for w in T.vectorized(load):
                             read[r * load + w] = words[row_read(row0 + r), u * load + w]
-                        factor[r] = T.cast(scale[row_read(row0 + r), u * unit // group], "float32")
+                        factor[r] = scale_of(scale[row_read(row0 + r), u * unit // group], packing)
                         if zeros:
                             origin[r] = T.cast(
                                 zero[row_read(row0 + r), u * unit // group], "float32"

@@ -67,28 +67,31 @@ def lower_attention(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> rel
     """Attention of q [n, H, D] over the paged cache.
 
     On GPUs one token of each row is split over the sequence; where there is no kernel of one
-    launch for it, a second kernel combines the parts.
+    launch for it, a second kernel combines the parts. Sinks, if any, come after the positions.
     """
     *tensors, layer, scale, window, softcap = args
     q, k_pages, page_table = tensors[0], tensors[1], tensors[3]
+    sinks = tensors[6:]
     shapes = _cache_shapes(k, q, k_pages, page_table) | {
         "scale": value_of(scale),
         "window": value_of(window),
         "softcap": value_of(softcap),
     }
     if k.target == "cpu":
-        kernel = k.kernel(attention.attention_cpu, **shapes)
+        kernel = k.kernel(attention.attention_cpu, **shapes, sinks=bool(sinks))
         return relax.call_tir(kernel, [*tensors, layer], call.ty)
     sizes = {name: shapes[name] for name in ("head_dim", "page_size", "dtype")}
     if shapes["tokens"] is None:
-        if attention_cuda.prefill_supported(**sizes, target=k.target, arch=k.arch):
+        if not sinks and attention_cuda.prefill_supported(**sizes, target=k.target, arch=k.arch):
             kernel = k.kernel(
                 attention_cuda.prefill_attention, **shapes, target=k.target, arch=k.arch
             )
         else:
-            kernel = k.kernel(attention.attention_prefill, **shapes, target=k.target)
+            kernel = k.kernel(
+                attention.attention_prefill, **shapes, target=k.target, sinks=bool(sinks)
+            )
         return relax.call_tir(kernel, [*tensors, layer], call.ty)
-    if attention_cuda.supported(**sizes, target=k.target):
+    if not sinks and attention_cuda.supported(**sizes, target=k.target):
         kernel = k.kernel(attention_cuda.decode_attention, **shapes, target=k.target)
         types = [call.ty, *_decode_scratch(shapes)]
         results = k.bb.emit(relax.call_tir(kernel, [*tensors, layer], types))
@@ -105,7 +108,7 @@ def lower_attention(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> rel
         relax.TensorType([splits, n, heads, head_dim], "float32"),
         relax.TensorType([splits, n, heads, 2], "float32"),
     ]
-    parts = k.bb.emit(relax.call_tir(kernel, [*tensors, layer], types))
+    parts = k.bb.emit(relax.call_tir(kernel, [*tensors[:6], layer], types))
     pieces = [k.bb.emit(relax.TupleGetItem(parts, i)) for i in range(2)]
     names = ("tokens", "heads", "head_dim", "dtype")
     combine = k.kernel(
@@ -113,8 +116,9 @@ def lower_attention(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> rel
         **{name: shapes[name] for name in names},
         splits=splits,
         target=k.target,
+        sinks=bool(sinks),
     )
-    return relax.call_tir(combine, pieces, call.ty)
+    return relax.call_tir(combine, [*pieces, *sinks], call.ty)
 
 
 def lower_append_attention(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:

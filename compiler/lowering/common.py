@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import tvm
 from tvm import relax
 
-from shardwright.compiler.packing import Packing
+from shardwright.compiler.packing import CODES, Packing
 from shardwright.compiler.rules import shape_of
 
 CUBLAS_PASS = "cublas"
@@ -95,12 +95,12 @@ def packing_of(
 
     `sides` are its scale and maybe its zero points, `attributes` those of `Packing.attributes`.
     """
-    bits, offset, is_float = map(value_of, attributes)
+    bits, offset, code = map(value_of, attributes)
     columns = shape_of(words)[1] * (32 // bits)
     return Packing(
         bits,
         columns // shape_of(sides[0])[1],
-        code="e4m3" if is_float else "int",
+        code=CODES[code],
         offset=offset,
         zeros=len(sides) == 2,
         scale_dtype=str(sides[0].ty.dtype),

@@ -15,7 +15,7 @@ from shardwright.compiler.lowering.common import (
     value_of,
 )
 from shardwright.compiler.packing import Packing
-from shardwright.compiler.rules import shape_of
+from shardwright.compiler.rules import op_name, shape_of
 
 _Expert: TypeAlias = tuple[list[relax.Expr], Packing | None]
 """Three tensors of a weight, as `kernels/experts.py` takes them, and their format."""
@@ -36,8 +36,8 @@ def lower_route(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.E
 
 
 def lower_experts(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
-    """The products with routed experts: x, gate, up, down, ids, weights and, where a rank has whole
-    experts, its number.
+    """The products with routed experts: x, gate, up, down, ids, weights; perhaps a bias of each
+    and the activation's alpha and limit; and, where it matters, the rank's number.
     """
     x, gate, up, down, *rest = args
     plain: list[_Expert] = [([w] * 3, None) for w in (gate, up, down)]
@@ -65,9 +65,15 @@ def _expert_products(
     rest: list[relax.Expr],
 ) -> relax.Expr:
     (gate, packing), (up, _), (down, down_packing) = weights
-    ids, factors, *ranks = rest
+    ids, factors, *more = rest
+    name = op_name(call)
+    biased, split = "biased" in name, "split" in name
     # Experts that are not shared out begin at 0, as rank 0's do.
-    rank = ranks[0] if ranks else relax.const([0], "int32")
+    first = relax.const([0], "int32")
+    rank = more[-1] if "local" in name or split else first
+    start = first if split else rank
+    *up_biases, down_bias = more[:3] if biased else [first] * 3
+    activation = {"alpha": value_of(more[3]), "limit": value_of(more[4])} if biased else {}
     n, features = shape_of(x)
     top, dtype = shape_of(ids)[1], str(x.ty.dtype)
     count = shape_of(down[0])[0] // features
@@ -84,26 +90,27 @@ def _expert_products(
         return {"rows": rows, "cols": shape_of(x)[1], "packing": packing, **common}
 
     x = padded(x, gate[0], packing)
-    into = product(x, rows, packing)
+    into = product(x, rows, packing) | activation | {"biased": biased}
     slots = relax.TensorType([n * top, rows], dtype)
     tokens = tokens_of(k, x)
     if k.target == "cpu" or (tokens is not None and tokens <= GEMV_MAX_BATCH):
         kernel = k.kernel(experts.experts_up, tokens=tokens, **into)
-        h = k.bb.emit(relax.call_tir(kernel, [x, *gate, *up, ids, rank], slots))
+        h = k.bb.emit(relax.call_tir(kernel, [x, *gate, *up, *up_biases, ids, start], slots))
         h = padded(h, down[0], down_packing)
         out = product(h, features, down_packing)
-        kernel = k.kernel(experts.experts_down, tokens=tokens, **out)
-        return relax.call_tir(kernel, [h, *down, ids, factors, rank], call.ty)
+        kernel = k.kernel(experts.experts_down, tokens=tokens, biased=biased, split=split, **out)
+        return relax.call_tir(kernel, [h, *down, down_bias, ids, factors, rank], call.ty)
     kernel = k.kernel(experts.expert_order, tokens=tokens, top=top, experts=count, target=k.target)
     types = [relax.TensorType([n * top], "int32"), relax.TensorType([count + 1], "int32")]
-    both = k.bb.emit(relax.call_tir(kernel, [ids, rank], types))
+    both = k.bb.emit(relax.call_tir(kernel, [ids, start], types))
     order = [k.bb.emit(relax.TupleGetItem(both, i)) for i in range(2)]
     kernel = k.kernel(experts.experts_grouped, tokens=tokens, gated=True, **into)
-    h = k.bb.emit(relax.call_tir(kernel, [x, *gate, *up, *order], slots))
+    h = k.bb.emit(relax.call_tir(kernel, [x, *gate, *up, *up_biases, *order], slots))
     h = padded(h, down[0], down_packing)
     out = product(h, features, down_packing)
     kernel = k.kernel(experts.experts_grouped, tokens=tokens, gated=False, **out)
     whole = relax.TensorType([n * top, features], dtype)
-    y = k.bb.emit(relax.call_tir(kernel, [h, *down, *down, *order], whole))
-    kernel = k.kernel(experts.experts_sum, tokens=tokens, features=features, **common)
-    return relax.call_tir(kernel, [y, ids, factors, rank], call.ty)
+    y = k.bb.emit(relax.call_tir(kernel, [h, *down, *down, first, first, *order], whole))
+    sizes = {"features": features, "biased": biased, "split": split}
+    kernel = k.kernel(experts.experts_sum, tokens=tokens, **sizes, **common)
+    return relax.call_tir(kernel, [y, down_bias, ids, factors, rank], call.ty)

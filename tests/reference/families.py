@@ -202,6 +202,35 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         norm_topk_prob=True,
         tie_word_embeddings=True,
     ),
+    # A low limit, so that it cuts; sizes that MXFP4 has blocks for.
+    "gpt-oss": _config(
+        "GptOssForCausalLM",
+        "gpt_oss",
+        num_attention_heads=8,
+        head_dim=16,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        experts_per_token=2,
+        attention_bias=True,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        sliding_window=6,
+        swiglu_limit=0.75,
+        initial_context_length=20,
+        rope_theta=150000,
+        rope_scaling={
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 20,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        output_router_logits=False,
+        router_aux_loss_coef=0.9,
+        tie_word_embeddings=False,
+    ),
 }
 
 

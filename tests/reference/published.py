@@ -199,6 +199,51 @@ def _longrope(pairs: int) -> dict[str, Any]:
     return {"type": "longrope", "short_factor": [1.0] * pairs, "long_factor": long_factor}
 
 
+def _gpt_oss(**kwargs: Any) -> dict[str, Any]:
+    layers = kwargs["layers"]
+    more = {
+        "vocab": 201088,
+        "hidden": 2880,
+        "mlp": 2880,
+        "heads": (64, 8),
+        "length": 131072,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "initial_context_length": 4096,
+        "attention_bias": True,
+        "experts_per_token": 4,
+        "num_experts_per_tok": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.9,
+        "tie_word_embeddings": False,
+        "eos_token_id": 200002,
+        "pad_token_id": 199999,
+        "quantization_config": {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+        },
+    }
+    return _config("GptOssForCausalLM", "gpt_oss", **{**more, **kwargs})
+
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama-2-7b": _llama2(
         vocab=32000, hidden=4096, mlp=11008, layers=32, heads=(32, 32), length=4096
@@ -305,4 +350,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen3-235B-A22B": _qwen3_moe(
         hidden=4096, mlp=12288, layers=94, heads=(64, 4), moe_intermediate_size=1536
     ),
+    "gpt-oss-20b": _gpt_oss(layers=24, num_local_experts=32),
+    "gpt-oss-120b": _gpt_oss(layers=36, num_local_experts=128),
 }  # fmt: skip
