@@ -24,7 +24,7 @@ from shardwright.compiler.scheme import Scheme, check_name, model_config, scheme
 from shardwright.compiler.slicing import Reader
 from shardwright.compiler.vocabulary import check_vocabulary
 from shardwright.compiler.weights import Weight, ignore_buffers, stored_shapes, write_shards
-from shardwright.errors import UsageError
+from shardwright.errors import BuildError, UsageError
 from shardwright.model_defs import family_of
 from shardwright.runtime import artifact, memory
 from shardwright.runtime.artifact import KERNELS
@@ -198,8 +198,13 @@ def _check_memory(
 
 def _prepare(out: Path) -> None:
     """An empty or earlier artefact directory without its manifest and shards."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / artifact.MANIFEST).unlink(missing_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / artifact.MANIFEST).unlink(missing_ok=True)
+    except OSError as error:
+        raise BuildError(
+            f"{out}: cannot write there ({error.strerror}); choose another directory"
+        ) from error
     shutil.rmtree(out / "shards", ignore_errors=True)
 
 

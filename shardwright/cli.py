@@ -124,7 +124,7 @@ _COUNT = click.IntRange(min=1)
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 
-@cli.command()
+@cli.command(short_help="Compile a checkpoint for N ranks.")
 @click.option(
     "--model",
     required=True,
@@ -278,7 +278,7 @@ def _converse(module: Any) -> None:
                 _print_error(error)
 
 
-@cli.command()
+@cli.command(short_help="Show what fits on 1, 2, 4 ... GPUs, and how fast.")
 @click.argument("model")
 @click.option("--num-shards", default="1,2,4,8", show_default=True, help="Numbers of GPUs.")
 @click.option("--gpu-memory", required=True, metavar="SIZE", help="Of one GPU, such as 24GiB.")
@@ -339,7 +339,7 @@ def plan(
     planning.show(found, machine, batches, length, context, notes, show)
 
 
-@cli.command()
+@cli.command(short_help="Make a built model for another number of ranks.")
 @click.argument("directory", type=_DIRECTORY)
 @click.option("--num-shards", required=True, type=_COUNT, help="Number of ranks.")
 @click.option("-o", "--output", required=True, type=_DIRECTORY, help="Directory to write.")
@@ -353,7 +353,7 @@ def reshard(directory: Path, num_shards: int, output: Path) -> None:
     _print_built(result.path, began)
 
 
-@cli.command()
+@cli.command(short_help="Show what a built model is and needs.")
 @click.argument("directory", type=_DIRECTORY)
 @click.option("--tensors", is_flag=True, help="List every weight with shape and placement.")
 @click.option("--verify", is_flag=True, help="Check the length and checksum of every file.")
@@ -368,7 +368,7 @@ def inspect(directory: Path, tensors: bool, verify: bool) -> None:
         click.echo(f"{len(manifest.files)} files verified")
 
 
-@cli.command()
+@cli.command(short_help="Check kernels and collectives of a built model here.")
 @click.argument("directory", type=_DIRECTORY)
 @click.option("--target", type=click.Choice(TARGETS), help="What it must have been built for.")
 def selftest(directory: Path, target: str | None) -> None:
@@ -401,8 +401,10 @@ def _print_usage_error(error: click.ClickException) -> None:
     if context is None or error.message == context.get_help():
         error.show()  # a command without arguments: its help
         return
+    message = error.format_message().rstrip(".")
+    between = " " if message.endswith("?") else "; "
     hint = f"`{context.command_path} --help` shows the options"
-    _print_error(InputError(f"{error.format_message().rstrip('.')}; {hint}"))
+    _print_error(InputError(message + between + hint))
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
