@@ -40,16 +40,29 @@ from shardwright.runtime.memory import (
 
 _WORKSPACE_LAYERS = 4  # the last is not like the others: see early_rows.py
 
-EFFICIENCY = 0.9
-"""Share of the copy bandwidth at which decode kernels read weights and cache (H200)."""
+# Set by the steps of one row in docs/h200-batch-1.json; scripts/plan_accuracy.py compares.
+EFFICIENCY = 1.02
+"""Speed at which decode kernels read plain weights and the cache, over that of a copy."""
+
+PACKED_EFFICIENCY = 0.85
+"""The same of quantized weights."""
 
 LAYER_SECONDS = 9e-6
-"""A layer's share of a step that no bandwidth shortens: small kernels, starts (H200)."""
+"""A layer's share of a step that no bandwidth shortens: small kernels, starts."""
+
+PACKED_LAYER_SECONDS = 3.5e-6
+"""What a layer of quantized weights takes beyond it."""
+
+RANK_SECONDS = 0.5e-6
+"""By how much each rank after the second makes the smallest collective longer."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU and its links: bytes, bytes per second, and seconds of the smallest collective."""
+    """A GPU and its links: bytes, bytes per second, seconds of the smallest collective of two.
+
+    `bandwidth` is that of a large copy within its memory, bytes read and written both counted.
+    """
 
     memory: int
     bandwidth: float | None = None
@@ -74,10 +87,14 @@ class Estimate:
     """Tensors whose size depends neither on rows nor on their length."""
     collectives: tuple[tuple[str, int], ...]
     """Kind and bytes of every collective of a step of one row."""
+    packed: int = 0
+    """Of `read`, quantized weights."""
     experts: int = 0
     """Of `read`, the experts, of which a token takes some."""
     chosen: float = 1.0
     """Share of the experts that a token takes."""
+    whole_experts: int = 0
+    """Experts of a layer where each rank has whole ones; 0 where it has a part of each."""
 
     def memory(self, batch: int, length: int) -> RankMemory:
         """What a rank takes when it is built for `batch` rows of `length` tokens."""
@@ -116,16 +133,48 @@ class Estimate:
     def seconds(self, machine: Machine, batch: int, context: int) -> float:
         """Predicted seconds of a decode step of `batch` rows with `context` tokens each."""
         assert machine.bandwidth is not None
-        # Rows choose independently, so together they take less than the sum.
-        left_out = self.experts * (1 - self.chosen) ** batch
-        read = self.read - left_out + batch * context * self.token_bytes
+        read = self.read - self.experts * (1 - self._experts_read(batch))
+        packed = self.packed / self.read if self.read else 0.0
+        slower = 1 + packed * (EFFICIENCY / PACKED_EFFICIENCY - 1)
+        read = read * slower + batch * context * self.token_bytes
         total = read / (machine.bandwidth * EFFICIENCY) + self.layers * LAYER_SECONDS
+        total += self.layers * PACKED_LAYER_SECONDS if self.packed else 0.0
         for kind, nbytes in self.collectives:
             # A ring sends what all-reduce sums twice around, what all-gather collects once.
             rounds = 2 if kind == "all-reduce" else 1
             sent = rounds * (self.ranks - 1) / self.ranks * nbytes * batch
-            total += machine.latency + sent / machine.link
+            latency = machine.latency + RANK_SECONDS * max(self.ranks - 2, 0)
+            total += latency + sent / machine.link
         return total
+
+    def _experts_read(self, batch: int) -> float:
+        """Share of a rank's experts that `batch` rows take, of the rank where it is largest."""
+        # Rows choose independently, so together they take less than the sum.
+        taken = 1 - (1 - self.chosen) ** batch
+        if not self.whole_experts:
+            return taken
+        each = -(-self.whole_experts // self.ranks)
+        return busiest(round(taken * self.whole_experts), self.ranks, each) / each
+
+
+def busiest(taken: int, ranks: int, each: int) -> float:
+    """Expected most of `taken` experts that one rank has, of `ranks` with `each` experts.
+
+    Every choice of so many experts is as likely as any other.
+    """
+    expected = 0.0
+    for limit in range(min(taken, each)):
+        # ways[n]: to choose n experts, no more than `limit` of any rank.
+        ways = [1]
+        for _ in range(ranks):
+            one = [math.comb(each, k) for k in range(limit + 1)]
+            ways = [
+                sum(ways[n - k] * one[k] for k in range(limit + 1) if 0 <= n - k < len(ways))
+                for n in range(min(len(ways) + limit, taken + 1))
+            ]
+        none_more = ways[taken] if taken < len(ways) else 0
+        expected += 1 - none_more / math.comb(ranks * each, taken)
+    return expected
 
 
 def estimates(
@@ -146,7 +195,9 @@ def estimates(
         if count > MAX_RANKS:
             raise UsageError(f"--num-shards {count}: at most {MAX_RANKS}")
         with progress.step(f"Plan {count}"):
-            found.append(estimate(family, config, scheme, count, target, limits))
+            found.append(
+                estimate(family, config, scheme, count, target, limits, options.expert_parallel)
+            )
     return found, limits.max_seq_len
 
 
@@ -157,11 +208,14 @@ def estimate(
     ranks: int,
     target: tvm.target.Target,
     limits: Limits,
+    expert_parallel: bool = False,
 ) -> Estimate:
-    """Sizes of the model of `family` on `ranks` ranks. Raises ShardingError as a build does."""
+    """Sizes of the model of `family` on `ranks` ranks. Raises ShardingError as a build does, and
+    UsageError for `expert_parallel` of a model without experts.
+    """
     one = Limits(PAGE_SIZE, 1, PAGE_SIZE, PAGE_SIZE)
     model = family.model(config, scheme.dtype)
-    program = partition_program(model, scheme, one, ranks)
+    program = partition_program(model, scheme, one, ranks, expert_parallel=expert_parallel)
     kind = {"llvm": "cpu"}.get(target.kind.name, str(target.kind.name))
     tensors = {
         name: count_bytes(shape, dtype)
@@ -169,7 +223,13 @@ def estimate(
         for name, shape, dtype in weight.tensors()
     }
     looked_up, chosen = _looked_up(program), _chosen_experts(program, config)
-    workspace, peers = _workspace(family, config, scheme, ranks, target, limits)
+    packed = {
+        name
+        for weight in program.weights.values()
+        if weight.columns is not None
+        for name, _, _ in weight.tensors()
+    }
+    workspace, peers = _workspace(family, config, scheme, ranks, target, limits, expert_parallel)
     inputs = 4 * [4 * limits.prefill_chunk_size]
     state = [
         (spec, local_shape(spec.shape, program.placements[spec.name]))
@@ -181,8 +241,10 @@ def estimate(
         layers=config.num_hidden_layers,
         weights=on_device(tensors.values(), kind),
         read=sum(size for name, size in tensors.items() if name not in looked_up),
+        packed=sum(s for name, s in tensors.items() if name in packed - looked_up),
         experts=sum(size for name, size in tensors.items() if name in chosen),
         chosen=min(chosen.values(), default=1.0),
+        whole_experts=config.num_experts if expert_parallel else 0,
         workspace=on_device([workspace], kind),
         state=tuple(state),
         fixed=sum(inputs) + peers + 4,
@@ -229,12 +291,15 @@ def _workspace(
     ranks: int,
     target: tvm.target.Target,
     limits: Limits,
+    expert_parallel: bool,
 ) -> tuple[int, int]:
     """Bytes of the workspace, and of the tensors for all-reduces over peer memory."""
     few = replace(config, num_hidden_layers=min(config.num_hidden_layers, _WORKSPACE_LAYERS))
     sizes = (limits.max_seq_len, limits.max_batch_size, limits.prefill_chunk_size)
     limits = _LargestBatch(*sizes, limits.page_size)
-    program = partition_program(family.model(few, scheme.dtype), scheme, limits, ranks)
+    program = partition_program(
+        family.model(few, scheme.dtype), scheme, limits, ranks, expert_parallel=expert_parallel
+    )
     peer = peer_state(program.mod, ranks) if target.kind.name == "cuda" else None
     tensors = peer.tensors.values() if peer else ()
     extra = sum(count_bytes(shape, dtype) for shape, dtype in tensors)

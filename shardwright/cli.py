@@ -291,10 +291,15 @@ def _converse(module: Any) -> None:
 )
 @click.option("--arch", default="sm_80", show_default=True, help="GPU to compile for.")
 @click.option("--prefill-chunk-size", default=2048, show_default=True, type=_COUNT)
-@click.option("--bandwidth", metavar="RATE", help="Of a GPU's memory, such as 3.35TB/s.")
+@click.option("--bandwidth", metavar="RATE", help="Of a large copy on a GPU, as 4.2TB/s.")
 @click.option("--link", default="25GB/s", show_default=True, help="Between GPUs, each way.")
-@click.option("--latency", default=6.0, show_default=True, help="Of a small all-reduce, in us.")
+@click.option(
+    "--latency", default=6.0, show_default=True, help="Of a small all-reduce of two, in us."
+)
 @click.option("--context", default=256, show_default=True, help="Tokens a row, for the speed.")
+@click.option(
+    "--expert-parallel", is_flag=True, help="Whole experts on each rank, not parts of each."
+)
 def plan(
     model: str,
     num_shards: str,
@@ -308,6 +313,7 @@ def plan(
     link: str,
     latency: float,
     context: int,
+    expert_parallel: bool,
 ) -> None:
     """Show what a model takes on 1, 2, 4 ... GPUs, what fits, and how fast it will decode.
 
@@ -333,6 +339,7 @@ def plan(
             max_seq_len=max_seq_len,
             max_batch_size=max(batches),
             prefill_chunk_size=prefill_chunk_size,
+            expert_parallel=expert_parallel,
         )
         found, length = planner.estimates(options, ranks, progress)
         notes = planner.advice(found, machine, batches, length, context)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tvm
 from reference import families
@@ -80,7 +81,7 @@ def small(**changes) -> plan.Estimate:
 
 def test_seconds_are_reading_layers_and_collectives():
     machine = plan.Machine(24 << 30, 1e12, link=1e9, latency=1e-5)
-    reading = (900 << 20) / 0.9e12 + 10 * plan.LAYER_SECONDS
+    reading = (900 << 20) / (1e12 * plan.EFFICIENCY) + 10 * plan.LAYER_SECONDS
     assert small(ranks=1, collectives=()).seconds(machine, 1, 7) == pytest.approx(reading)
     # Two ranks: of an all-reduce each sends all of it, of an all-gather half.
     sent = 4 * (1000 + 2000) / 1e9 + 2e-5
@@ -90,10 +91,49 @@ def test_seconds_are_reading_layers_and_collectives():
 def test_rows_share_experts():
     machine = plan.Machine(24 << 30, 1e12)
     one = small(ranks=1, collectives=(), experts=800 << 20, chosen=0.25)
-    layers = 10 * plan.LAYER_SECONDS
-    assert one.seconds(machine, 1, 7) == pytest.approx((300 << 20) / 0.9e12 + layers)
+    layers, speed = 10 * plan.LAYER_SECONDS, 1e12 * plan.EFFICIENCY
+    assert one.seconds(machine, 1, 7) == pytest.approx((300 << 20) / speed + layers)
     both = 100 + 800 * (1 - 0.75**2)
-    assert one.seconds(machine, 2, 7) == pytest.approx(both * (1 << 20) / 0.9e12 + layers)
+    assert one.seconds(machine, 2, 7) == pytest.approx(both * (1 << 20) / speed + layers)
+
+
+def test_the_rank_whose_experts_are_chosen_most():
+    # Of two experts of four, on two ranks: both on one rank in 2 of 6 choices.
+    assert plan.busiest(2, 2, 2) == pytest.approx(4 / 3)
+    assert plan.busiest(5, 1, 8) == 5 and plan.busiest(8, 4, 2) == 2 and plan.busiest(0, 2, 2) == 0
+    rng = np.random.default_rng(0)
+    counts = [np.bincount(rng.permutation(24)[:7] // 6, minlength=4).max() for _ in range(4000)]
+    assert plan.busiest(7, 4, 6) == pytest.approx(np.mean(counts), rel=0.02)
+    machine = plan.Machine(24 << 30, 1e12)
+    cut = small(collectives=(), experts=800 << 20, chosen=0.5)
+    whole = dataclasses.replace(cut, whole_experts=4)
+    more = (4 / 3 / 2 - 0.5) * (800 << 20) / (1e12 * plan.EFFICIENCY)
+    assert whole.seconds(machine, 1, 7) - cut.seconds(machine, 1, 7) == pytest.approx(more)
+
+
+def test_whole_experts_on_each_rank():
+    limits, config = Limits(32, 1, 16, 16), family_config("mixtral")
+    _, family = family_of(config)
+    model = family, family.config.from_hf(config), quantization("q4f16_1")
+    cut, whole = (plan.estimate(*model, 2, LLVM, limits, each) for each in (False, True))
+    # Three of five experts with all 104 rows, and five with 64 of them.
+    assert (cut.whole_experts, whole.whole_experts) == (0, 5)
+    assert 0 < whole.packed == whole.read - (cut.read - cut.packed)
+    assert whole.experts / cut.experts == pytest.approx(3 * 104 / (5 * 64), rel=0.2)
+    qwen = family_config("qwen3")
+    with pytest.raises(UsageError, match="this model has no experts"):
+        plan.estimate(
+            *(family_of(qwen)[1], family_of(qwen)[1].config.from_hf(qwen)),
+            *(quantization("q0f16"), 2, LLVM, limits, True),
+        )
+
+
+def test_quantized_weights_are_read_more_slowly():
+    machine = plan.Machine(24 << 30, 1e12)
+    plain, packed = small(collectives=()), small(collectives=(), packed=900 << 20)
+    more = packed.seconds(machine, 1, 7) - plain.seconds(machine, 1, 7)
+    slower = (900 << 20) / 1e12 * (1 / plan.PACKED_EFFICIENCY - 1 / plan.EFFICIENCY)
+    assert more == pytest.approx(slower + 10 * plan.PACKED_LAYER_SECONDS)
 
 
 def test_replicas_where_links_are_slow():
