@@ -26,7 +26,7 @@ test: $(VENV)/.installed-dev
 # has one for each.
 test-families: $(VENV)/.installed-dev
 	$(BIN)/pytest tests/test_families.py tests/test_published.py tests/test_format_logits.py \
-		tests/test_reshard.py -m "not gpu and not reference"
+		tests/test_reshard.py tests/test_mxfp4.py -m "not gpu and not reference"
 
 # mypy does not follow the folder mapping of an editable install, and it would take the folder
 # shardwright/ for the whole package if it ran here; so it reads a plain copy from build/lint.

@@ -42,7 +42,7 @@ from shardwright.runtime.artifact import (
 
 Array = npt.NDArray[Any]
 
-_DTYPES = {"F32": "<f4", "F16": "<f2", "U32": "<u4", "I32": "<i4"}
+_DTYPES = {"F32": "<f4", "F16": "<f2", "U32": "<u4", "I32": "<i4", "U8": "u1"}
 
 
 def reshard(

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import ml_dtypes
+import mxfp4_models
 import numpy as np
 import pytest
 import quantized_models as qm
@@ -135,6 +136,15 @@ def test_quantized_checkpoints(no_compiler, tmp_path, name):
         old = (tmp_path / "new").rename(tmp_path / f"old{ranks}")
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_experts_in_mxfp4(no_compiler, tmp_path, whole):
+    mxfp4_models.checkpoints(tmp_path)
+    model, options = tmp_path / "mxfp4", {"expert_parallel": whole}
+    old = built(model, tmp_path / "old", 2, None, **options)
+    reshard(old, tmp_path / "new", 3)
+    assert_same_shards(tmp_path / "new", built(model, tmp_path / "direct", 3, None, **options))
+
+
 def test_a_quantized_checkpoint_in_float32(no_compiler, tmp_path):
     qm.write_any(tmp_path / "model", "gptq-act-order-asym")
     old = built(tmp_path / "model", tmp_path / "old", 1, "checkpoint-f32")
@@ -161,6 +171,8 @@ def test_a_quantized_checkpoint_without_weights(no_compiler, tmp_path):
         ("mixtral", "q4f16_1", {"expert_parallel": True}),
         ("qwen3-moe", "q0f16", {"expert_parallel": True}),
         ("phi3", "q8f16_1", {}),
+        ("gpt-oss", "q0f32", {}),
+        ("gpt-oss", "q4f16_1", {"expert_parallel": True}),
     ],
 )
 def test_families(no_compiler, tmp_path, name, scheme, options):

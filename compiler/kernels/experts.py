@@ -487,14 +487,14 @@ def experts_grouped(
                         else T.float32(0)
                     )
                     for i in T.unroll(span):
-                        # Rounded as the kernels that unpack to memory round.
-                        shared[kind, at % 4 * 8 + p * span + i, at // 4] = T.cast(
-                            T.cast(
-                                (element(word, c % packing.per_word + i, packing) - origin)
-                                * factor,
-                                dtype,
-                            ),
-                            "float32",
+                        value = T.meta_var(
+                            (element(word, c % packing.per_word + i, packing) - origin) * factor
+                        )
+                        # Rounded as the kernels that unpack to memory round, but for MXFP4.
+                        shared[kind, at % 4 * 8 + p * span + i, at // 4] = (
+                            value
+                            if packing.code == "e2m1"
+                            else T.cast(T.cast(value, dtype), "float32")
                         )
 
     @T.inline

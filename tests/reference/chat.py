@@ -162,6 +162,37 @@ _PHI4 = """\
  '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}\
 {{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"""
 
+# GPT-OSS's "harmony". It writes the date, of which only the century is kept here.
+_HARMONY = """\
+{%- macro turn(role, text, channel='') -%}
+    {{- '<|start|>' ~ role ~ ('<|channel|>' ~ channel if channel else '') }}
+    {{- '<|message|>' ~ text }}
+{%- endmacro %}
+{%- macro about() -%}
+    {{- model_identity | default('You are ChatGPT, a large language model trained by OpenAI.') }}
+    {{- '\\nKnowledge cutoff: 2024-06\\nCurrent date: ' ~ strftime_now('%Y-%m-%d')[:2] }}
+    {{- '\\n\\nReasoning: ' ~ reasoning_effort | default('medium') }}
+    {{- '\\n\\n# Valid channels: analysis, commentary, final.' }}
+    {{- ' Channel must be included for every message.' }}
+{%- endmacro %}
+{{- turn('system', about()) ~ '<|end|>' }}
+{%- set system = messages[0].role in ['system', 'developer'] %}
+{%- if system and messages[0].content %}
+    {{- turn('developer', '# Instructions\\n\\n' ~ messages[0].content ~ '\\n\\n') ~ '<|end|>' }}
+{%- endif %}
+{%- for message in (messages[1:] if system else messages) %}
+    {%- if message.role == 'assistant' %}
+        {%- if '<|channel|>final<|message|>' in message.content %}
+            {{- raise_exception('content holds a channel; give the text alone') }}
+        {%- endif %}
+        {{- turn('assistant', message.content, 'final') }}
+        {{- '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}
+    {%- else %}
+        {{- turn(message.role, message.content) ~ '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
+
 _CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"]
 
 # Template, kind of tokenizer, bos, eos, other added tokens.
@@ -185,6 +216,13 @@ _FAMILIES: dict[str, tuple[str, str, str | None, str, list[str]]] = {
         "<s>",
         "<|endoftext|>",
         ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+    ),
+    "gpt-oss": (
+        _HARMONY,
+        "bytes",
+        "<|startoftext|>",
+        "<|return|>",
+        ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|endoftext|>"],
     ),
     "phi-4": (_PHI4, "bytes", "<|endoftext|>", "<|im_end|>", _CHATML),
 }
