@@ -108,7 +108,7 @@ def build_from(
         )
     peer = None
     if options.target == "cuda" and PEER_PASS not in options.disable_pass:
-        peer = peer_state(program.mod, options.num_shards)
+        peer = peer_state(program.mod, options.num_shards, limits.prefill_chunk_size)
     state = {
         name: artifact.TensorSpec(name, local_shape(s.shape, program.placements[name]), s.dtype)
         for name, s in program.traced.state.items()

@@ -15,7 +15,7 @@ from shardwright.compiler.kernel_bytes import kernels_of
 from shardwright.compiler.lower import lower_abstract
 from shardwright.compiler.lowering.common import NOTE
 from shardwright.compiler.lowering.products import MATMUL
-from shardwright.compiler.peer import PeerState
+from shardwright.compiler.peer import PREFILL, PeerState
 from shardwright.compiler.program import Program
 from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.rules import op_name, shape_of
@@ -49,7 +49,7 @@ def compile_program(
 ) -> Compiled:
     """Lower and compile `program` to `library`.
 
-    With `peer` there are decode functions that reduce over peer memory as well. AMD GPUs have a
+    With `peer` there are functions that reduce over peer memory as well. AMD GPUs have a
     program for each architecture, since waves and with them the launches differ.
     """
     mods, found = [], []
@@ -83,9 +83,10 @@ def _to_vm(
     libraries = (artifact.CUBLAS,) if _calls(mod, MATMUL) else ()
     pipeline.dump(mod, dump_ir, "3-lowered")
 
-    prefill = mod["prefill"]
     bound = {"n": limits.prefill_chunk_size}
-    mod.update_func(mod.get_global_var("prefill"), prefill.with_attr("tir_var_upper_bound", bound))
+    for gv, func in mod.functions_items():
+        if isinstance(func, relax.Function) and gv.name_hint.startswith(PREFILL):
+            mod.update_func(gv, func.with_attr("tir_var_upper_bound", bound))
     passes = pipeline.legalize(target) + pipeline.schedule(target, disabled)
     mod = tvm.transform.Sequential(passes)(mod)
     pipeline.dump(mod, dump_ir, "4-scheduled")

@@ -22,7 +22,7 @@ from shardwright.compiler.lowering import (
     sampling,
 )
 from shardwright.compiler.lowering.common import Kernels, Lowering
-from shardwright.compiler.peer import PeerState, add_peer_decode
+from shardwright.compiler.peer import PeerState, add_peer_functions
 from shardwright.compiler.rules import op_name, operands_of
 
 EXPERTS = ("", "local_", "biased_", "biased_local_", "biased_split_")
@@ -57,6 +57,10 @@ LOWERINGS: dict[str, Lowering] = {
     "relax.ccl.allgather": collectives.lower_all_gather,
     "shardwright.peer_all_reduce": collectives.lower_peer_all_reduce,
     "shardwright.peer_all_reduce_add_rms_norm": collectives.lower_peer_all_reduce_add_rms_norm,
+    "shardwright.peer_all_reduce_many": collectives.lower_peer_all_reduce_many,
+    "shardwright.peer_all_reduce_many_add_rms_norm": (
+        collectives.lower_peer_all_reduce_many_add_rms_norm
+    ),
     "shardwright.peer_store_logits": collectives.lower_peer_store_logits,
 }
 
@@ -70,13 +74,13 @@ def lower_abstract(
     """Replace every abstract operation and collective of `mod` by calls of kernels for `target`.
 
     Operations are fused first, but for the fusions (`fuse.FUSIONS`) named in `disabled`. With
-    `peer` the decode functions have twins whose collectives go through peer memory.
+    `peer` some functions have twins whose collectives go through peer memory.
     """
     for name, fuse in FUSIONS.items():
         if name not in disabled:
             mod = fuse(mod)
     if peer is not None:
-        mod = add_peer_decode(mod, peer)
+        mod = add_peer_functions(mod, peer)
     bb = relax.BlockBuilder()
     kernels = Kernels(bb, target, disabled)
 

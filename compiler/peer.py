@@ -1,42 +1,45 @@
-"""Decode functions whose all-reduces go through peer memory, beside those that use NCCL.
+"""Functions whose all-reduces go through peer memory, beside those that use NCCL.
 
-`add_peer_decode` gives each `decode_<batch>` of few rows a twin `decode_<batch>_peer`, in which
-all-reduces are kernels of ours and, where a residual add and a norm follow, one kernel with them;
-logits are gathered the same way. The runtime calls the twins where the ranks can map each other's
-memory.
+`add_peer_functions` gives each `decode_<batch>` of few rows, and `prefill`, a twin with `_peer` at
+the end of its name, in which all-reduces are kernels of ours and, where a residual add and a norm
+follow, one kernel with them; a decode function's logits are gathered the same way. The runtime
+calls the twins where the ranks can map each other's memory.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import tvm
 from tvm import relax
 
+from shardwright.compiler.kernels.all_reduce import many_bytes
 from shardwright.compiler.linear import Rewriter
 from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.rules import op_name, operands_of, shape_of
 
 SUFFIX = "_peer"
 PEER_PASS = "add_peer_decode"
+PREFILL = "prefill"
 MAX_BYTES = 2 << 20
-"""Of one all-reduce; above it NCCL's bandwidth counts for more than its latency."""
+"""Of one all-reduce of a decode function; above it NCCL's bandwidth counts for more."""
 
 
 @dataclass(frozen=True)
 class PeerState:
     """State on each rank of what goes over peer memory.
 
-    See `kernels/peer.cuh`. `logits` is how many of a row a rank computes, 0 where they are not
-    gathered so.
+    See `kernels/peer.cuh` and `peer_many.cuh`. `logits` is how many of a row a rank computes, 0
+    where they are not gathered so; `chunk` how many rows a prefill may have, 0 where it uses NCCL.
     """
 
     ranks: int
     rows: int
     features: int
     logits: int = 0
+    chunk: int = 0
 
     @property
     def logits_at(self) -> int:
@@ -45,24 +48,38 @@ class PeerState:
         return 2 * self.ranks * self.rows * self.features
 
     @property
+    def chunk_at(self) -> int:
+        """Word of the buffer at which what a prefill sends begins, at a multiple of 256 bytes."""
+        return (self._decode_words + 63) // 64 * 64
+
+    @property
+    def _decode_words(self) -> int:
+        # A flag beside each logit.
+        return self.logits_at + 2 * self.ranks * self.rows * self.logits
+
+    @property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name, shape and dtype of the state tensors."""
-        return {
+        words = self._decode_words
+        if self.chunk:
+            more = many_bytes(ranks=self.ranks, rows=self.chunk, features=self.features)
+            words = self.chunk_at + more // 4
+        tensors: dict[str, tuple[tuple[int, ...], str]] = {
             "peers": ((self.ranks + 1,), "int64"),
             "peer_calls": ((self.rows,), "int32"),
-            # A flag beside each logit.
-            "peer_buffer": (
-                (self.logits_at + 2 * self.ranks * self.rows * self.logits,),
-                "uint32",
-            ),
+            "peer_buffer": ((words,), "uint32"),
         }
+        if self.chunk:
+            tensors["peer_chunk_calls"] = ((self.chunk,), "int32")
+        return tensors
 
 
-def peer_state(mod: tvm.IRModule, ranks: int) -> PeerState | None:
-    """State for the all-reduces of `mod`'s decode functions; None where none qualifies.
+def peer_state(mod: tvm.IRModule, ranks: int, chunk: int) -> PeerState | None:
+    """State for the all-reduces of `mod`'s functions; None where no decode function qualifies.
 
     They do if there are several ranks and every all-reduce is of float16 rows of one length, a
-    multiple of 8. Functions of so many rows that NCCL is faster are left to it.
+    multiple of 8. Functions of so many rows that NCCL is faster are left to it. `chunk` is the
+    largest number of rows of a prefill.
     """
     functions = [mod[name] for name in _qualified(mod)]
     shapes = {kind for func in functions for kind in _reduced(func)}
@@ -73,7 +90,8 @@ def peer_state(mod: tvm.IRModule, ranks: int) -> PeerState | None:
     gathered = {_gathered_logits(func) for func in functions}
     # None of a function that gathers otherwise; two logits travel together.
     same = len(gathered) == 1 and (logits := gathered.pop()) is not None and logits % 2 == 0
-    return PeerState(ranks, rows, features.pop(), logits if same and logits else 0)
+    state = PeerState(ranks, rows, features.pop(), logits if same and logits else 0)
+    return replace(state, chunk=chunk) if _prefill_qualifies(mod, state) else state
 
 
 def _qualified(mod: tvm.IRModule) -> list[str]:
@@ -86,6 +104,12 @@ def _qualified(mod: tvm.IRModule) -> list[str]:
         and all(len(s) == 2 and s[1] % 8 == 0 and dtype == "float16" for s, dtype in kinds)
         and all(2 * s[0] * s[1] <= MAX_BYTES for s, _ in kinds)
     ]
+
+
+def _prefill_qualifies(mod: tvm.IRModule, state: PeerState) -> bool:
+    names = {gv.name_hint for gv in mod.get_global_vars()}
+    kinds = _reduced(mod[PREFILL]) if PREFILL in names else set()
+    return bool(kinds) and all(s[1:] == (state.features,) and t == "float16" for s, t in kinds)
 
 
 def _reduced(func: relax.Function) -> set[tuple[tuple[int, ...], str]]:
@@ -134,21 +158,22 @@ def _gathered_logits(func: relax.Function) -> int | None:
     return None
 
 
-def add_peer_decode(mod: tvm.IRModule, state: PeerState) -> tvm.IRModule:
+def add_peer_functions(mod: tvm.IRModule, state: PeerState) -> tvm.IRModule:
     """`mod` with the twins. Runs after the fusions, so that norms are fused with adds already."""
+    names = [*_qualified(mod), *([PREFILL] if state.chunk else [])]
     twins = {
-        relax.GlobalVar(name + SUFFIX): _Twin(mod[name], state).run(name + SUFFIX)
-        for name in _qualified(mod)
+        relax.GlobalVar(name + SUFFIX): _Twin(mod[name], state).run(name + SUFFIX) for name in names
     }
     return tvm.IRModule({**dict(mod.functions_items()), **twins})
 
 
 class _Twin(Rewriter):
-    """Copies a decode function with its all-reduces replaced."""
+    """Copies a function with its all-reduces replaced."""
 
     def __init__(self, func: relax.Function, state: PeerState) -> None:
         super().__init__(func, lambda _rw, _var, call: self._replace(call))
-        names = ("peers", "peer_calls")
+        self.prefill = str(func.attrs["global_symbol"]) == PREFILL
+        names = ["peers", "peer_calls", *(["peer_chunk_calls"] if self.prefill else [])]
         self.state_vars = [
             relax.Var(name, relax.TensorType(*state.tensors[name])) for name in names
         ]
@@ -164,18 +189,26 @@ class _Twin(Rewriter):
     def _replace(self, call: relax.Call) -> relax.Expr | None:
         name = op_name(call)
         if name == "relax.ccl.allreduce":
-            args = [self.local(call.args[0]), *self.state_vars, self.rank]
-            return _abstract("peer_all_reduce", args, call.ty)
+            how = self._how(call)
+            if how is None:
+                return None
+            kind, state, extra = how
+            args = [self.local(call.args[0]), *state, self.rank, *extra]
+            return _abstract(f"peer_all_reduce{kind}", args, call.ty)
         if name == "shardwright.add_rms_norm":
             residual, x, weight, eps = operands_of(call)
             reduced = self.value_of(x)
             if reduced is not None and op_name(reduced) == "relax.ccl.allreduce":
+                how = self._how(reduced)
+                if how is None:
+                    return None
+                kind, state, extra = how
                 # The all-reduce itself is left without a reader, and is dropped.
                 summand = self.local(reduced.args[0])
                 args = [self.local(residual), summand, self.local(weight)]
-                args += [*self.state_vars, self.rank, eps]
-                return _abstract("peer_all_reduce_add_rms_norm", args, list(call.ty.fields))
-        if name == "shardwright.store_logits" and self.state.logits:
+                args += [*state, self.rank, eps, *extra]
+                return _abstract(f"peer_all_reduce{kind}_add_rms_norm", args, list(call.ty.fields))
+        if name == "shardwright.store_logits" and self.state.logits and not self.prefill:
             found = _gather_of(call, self.values)
             assert found is not None  # or there would be no such state
             new, last, logits = map(self.local, found)
@@ -183,6 +216,14 @@ class _Twin(Rewriter):
             args = [new, last, *self.state_vars, self.rank, logits, first]
             return _abstract("peer_store_logits", args, call.ty)
         return None
+
+    def _how(self, reduce: relax.Call) -> tuple[str, list[relax.Var], list[relax.Expr]] | None:
+        """Of an all-reduce: its kind, its state, what else its kernel takes; None: NCCL's."""
+        rows = shape_of(reduce)[0]
+        peers, calls, *chunk_calls = self.state_vars
+        if not isinstance(rows, int):
+            return "_many", [peers, *chunk_calls], [relax.prim_value(4 * self.state.chunk_at)]
+        return ("", [peers, calls], []) if rows <= self.state.rows else None
 
 
 def _abstract(name: str, args: list[relax.Expr], out: relax.Type | list[relax.Type]) -> relax.Call:

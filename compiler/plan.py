@@ -300,7 +300,8 @@ def _workspace(
     program = partition_program(
         family.model(few, scheme.dtype), scheme, limits, ranks, expert_parallel=expert_parallel
     )
-    peer = peer_state(program.mod, ranks) if target.kind.name == "cuda" else None
+    cuda = target.kind.name == "cuda"
+    peer = peer_state(program.mod, ranks, limits.prefill_chunk_size) if cuda else None
     tensors = peer.tensors.values() if peer else ()
     extra = sum(count_bytes(shape, dtype) for shape, dtype in tensors)
     return plan_workspace(program, target, limits, peer), extra

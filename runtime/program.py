@@ -73,6 +73,7 @@ class Program:
             name: self._empty((chunk,), "int32")
             for name in ("tokens", "rows", "positions", "lengths")
         } | {"last": self._empty((rows,), "int32")}
+        self._prefill = "prefill"
         self._decode: dict[int, Callable[[], None]] = {}
         self._bind_decode("")
         self._sample_arguments = self._arguments("sample", {})
@@ -88,7 +89,7 @@ class Program:
             buffer = self._inputs[name]
             view = buffer if buffer.shape == array.shape else buffer._create_view(array.shape)
             views[name] = view.copyfrom(array)
-        self._function("prefill")(*self._arguments("prefill", views))
+        self._function(self._prefill)(*self._arguments(self._prefill, views))
 
     @property
     def peer_buffer(self) -> int | None:
@@ -97,9 +98,11 @@ class Program:
         return None if tensor is None else int(tensor.data_ptr())
 
     def use_peers(self, addresses: list[int]) -> None:
-        """From now on decode with all-reduces over peer memory at `addresses`."""
+        """From now on use functions with all-reduces over peer memory at `addresses`."""
         self._state["peers"].copyfrom(np.array(addresses, dtype=np.int64))
         self._bind_decode("_peer")
+        if "prefill_peer" in self._manifest.functions:
+            self._prefill = "prefill_peer"
 
     def _bind_decode(self, suffix: str) -> None:
         """Bind the decode functions with `suffix`, or without where there is none of a bucket."""

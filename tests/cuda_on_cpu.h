@@ -29,6 +29,9 @@ struct float2 {
 struct uint2 {
   unsigned x, y;
 };
+struct uint4 {
+  unsigned x, y, z, w;
+};
 
 inline unsigned __float_as_uint(float x) {
   unsigned bits;
@@ -233,5 +236,15 @@ inline bool receive(const unsigned* from, unsigned flag, uint2& data) {
   if (!both) host::yield();
   return both;
 }
+
+inline void publish(unsigned* flag, unsigned value) {
+  __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+}
+inline bool published(const unsigned* flag, unsigned value) {
+  const bool found = __atomic_load_n(flag, __ATOMIC_ACQUIRE) == value;
+  if (!found) host::yield();
+  return found;
+}
+inline uint4 load_l2(const uint4* from) { return *from; }
 
 }  // namespace shardwright

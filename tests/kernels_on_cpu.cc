@@ -1,7 +1,8 @@
-// peer.cuh and sample.cuh for ctypes, see cuda_on_cpu.h.
+// peer.cuh, peer_many.cuh and sample.cuh for ctypes, see cuda_on_cpu.h.
 #include "cuda_on_cpu.h"
 #define __CUDA_FP16_H__
 #include "../compiler/kernels/peer.cuh"
+#include "../compiler/kernels/peer_many.cuh"
 #include "../compiler/kernels/sample.cuh"
 
 using namespace shardwright;
@@ -35,9 +36,36 @@ void reduce(const Rank* ranks, int rows, bool two_shots, bool fused) {
   f(ranks, rows);
 }
 
+template <int kRanks, int kSize, bool kTwoShots, bool kFused>
+void reduce_many(const Rank* ranks, int rows) {
+  host::launch(kRanks * rows, 1, 32, [&](int block, int, int tid) {
+    const Rank& r = ranks[block / rows];
+    peer::all_reduce_many<kRanks, kRows, kSize, 32, kTwoShots, kFused, 16>(
+        r.x, r.residual, r.weight, r.peers, r.calls, r.rank, r.sum, r.normed, 1e-5f, block % rows,
+        tid);
+  });
+}
+
+template <int kRanks, int kSize>
+void reduce_many(const Rank* ranks, int rows, bool two_shots, bool fused) {
+  auto f = two_shots ? fused ? reduce_many<kRanks, kSize, true, true>
+                             : reduce_many<kRanks, kSize, true, false>
+           : fused   ? reduce_many<kRanks, kSize, false, true>
+                     : reduce_many<kRanks, kSize, false, false>;
+  f(ranks, rows);
+}
+
 }  // namespace
 
 extern "C" {
+
+int all_reduce_many(int ranks, int size, bool two_shots, bool fused, const Rank* r, int rows) {
+  if (ranks == 2 && size == 264) reduce_many<2, 264>(r, rows, two_shots, fused);
+  else if (ranks == 3 && size == 1032) reduce_many<3, 1032>(r, rows, two_shots, fused);
+  else if (ranks == 8 && size == 264) reduce_many<8, 264>(r, rows, two_shots, fused);
+  else return 1;
+  return 0;
+}
 
 int all_reduce(int ranks, int size, int parts, bool two_shots, bool fused, const Rank* r, int rows) {
   if (ranks == 2 && size == 264 && parts == 1) reduce<2, 264, 32, 1>(r, rows, two_shots, fused);

@@ -8,7 +8,7 @@ import tvm
 from tvm import relax
 
 from shardwright.compiler.kernels import all_reduce
-from shardwright.compiler.peer import PeerState, add_peer_decode, peer_state
+from shardwright.compiler.peer import PeerState, add_peer_functions, peer_state
 from shardwright.compiler.rules import op_name, operands_of
 from shardwright.runtime import peer
 from shardwright.runtime.collectives import AbortedError
@@ -47,8 +47,8 @@ def calls(func):
 
 def test_a_twin_reduces_over_peer_memory_and_the_function_stays():
     before = decode(fused=True)
-    assert peer_state(before, 2) == STATE
-    after = add_peer_decode(before, STATE)
+    assert peer_state(before, 2, 16) == STATE
+    after = add_peer_functions(before, STATE)
     tvm.ir.assert_structural_equal(after["decode_3"], before["decode_3"])
     twin = after["decode_3_peer"]
     assert [p.name for p in twin.params] == ["x", "y", "rank", "peers", "peer_calls", "weight"]
@@ -61,13 +61,13 @@ def test_a_twin_reduces_over_peer_memory_and_the_function_stays():
 
 
 def test_all_reduces_without_a_norm_stand_alone():
-    twin = add_peer_decode(decode(fused=False), STATE)["decode_3_peer"]
+    twin = add_peer_functions(decode(fused=False), STATE)["decode_3_peer"]
     assert [op_name(c) for c in calls(twin)] == ["shardwright.peer_all_reduce"] * 2
 
 
 @pytest.mark.parametrize(("ranks", "dtype"), [(1, "float16"), (2, "float32")])
 def test_what_does_not_qualify_keeps_its_collectives(ranks, dtype):
-    assert peer_state(decode(fused=False, dtype=dtype), ranks) is None
+    assert peer_state(decode(fused=False, dtype=dtype), ranks, 16) is None
 
 
 def decode_logits(ranks, local, vocab, dtype="float32"):
@@ -99,12 +99,12 @@ def decode_logits(ranks, local, vocab, dtype="float32"):
 @pytest.mark.parametrize(("ranks", "local", "vocab"), [(2, 8, 16), (3, 6, 16), (4, 4, 16)])
 def test_logits_are_gathered_over_peer_memory(ranks, local, vocab):
     before = decode_logits(ranks, local, vocab)
-    state = peer_state(before, ranks)
+    state = peer_state(before, ranks, 16)
     assert state == PeerState(ranks=ranks, rows=3, features=8, logits=local)
     # Two halves of sums, then a logit and a flag for each of a row's.
     words = 2 * ranks * 3 * 8 + 2 * ranks * 3 * local
     assert state.tensors["peer_buffer"] == ((words,), "uint32")
-    after = add_peer_decode(before, state)
+    after = add_peer_functions(before, state)
     tvm.ir.assert_structural_equal(after["decode_3"], before["decode_3"])
     total, stored = calls(after["decode_3_peer"])
     assert op_name(total) == "shardwright.peer_all_reduce"
@@ -116,9 +116,9 @@ def test_logits_are_gathered_over_peer_memory(ranks, local, vocab):
 
 def test_logits_that_do_not_go_in_pairs_keep_their_collective():
     before = decode_logits(2, 7, 14)
-    state = peer_state(before, 2)
+    state = peer_state(before, 2, 16)
     assert state.logits == 0 and state.tensors["peer_buffer"] == ((2 * 2 * 3 * 8,), "uint32")
-    names = [op_name(c) for c in calls(add_peer_decode(before, state)["decode_3_peer"])]
+    names = [op_name(c) for c in calls(add_peer_functions(before, state)["decode_3_peer"])]
     assert "relax.ccl.allgather" in names and "shardwright.peer_store_logits" not in names
 
 
@@ -150,10 +150,82 @@ def test_functions_of_many_rows_stay_with_nccl(monkeypatch):
     few, many = decode_logits(2, 8, 16)["decode_3"], decode(fused=True)["decode_3"]
     mod = tvm.IRModule({"decode_3": few, "decode_4": many})
     monkeypatch.setattr("shardwright.compiler.peer.MAX_BYTES", 2 * 3 * 8 - 1)
-    assert peer_state(mod, 2) is None
+    assert peer_state(mod, 2, 16) is None
     monkeypatch.setattr("shardwright.compiler.peer.MAX_BYTES", 2 * 3 * 8)
-    names = {gv.name_hint for gv in add_peer_decode(mod, STATE).get_global_vars()}
+    names = {gv.name_hint for gv in add_peer_functions(mod, STATE).get_global_vars()}
     assert names == {"decode_3", "decode_4", "decode_3_peer", "decode_4_peer"}
+
+
+def with_prefill(decode_mod):
+    """And a prefill of any number of rows: an all-reduce, one with a norm, and one of few rows."""
+    bb = relax.BlockBuilder()
+    n = tvm.tirx.Var("n", "int64")
+    kind = relax.TensorType([n, 8], "float16")
+    x, y = relax.Var("x", kind), relax.Var("y", kind)
+    last = relax.Var("last", TYPE)
+    rank = relax.Var("rank", relax.TensorType([1], "int32"))
+    weight = relax.Var("weight", relax.TensorType([8], "float16"))
+    with bb.function("prefill", [x, y, last, rank, weight], attrs={"num_input": 4}):
+        with bb.dataflow():
+            embedded = bb.emit(relax.op.ccl.allreduce(x, "sum", True))
+            reduced = bb.emit(relax.op.ccl.allreduce(y, "sum", True))
+            eps = relax.prim_value(tvm.tirx.FloatImm("float64", 1e-5))
+            args = relax.Tuple([embedded, reduced, weight, eps])
+            pair = bb.emit(relax.call_dps_packed("shardwright.add_rms_norm", args, [kind, kind]))
+            few = bb.emit(relax.op.ccl.allreduce(last, "sum", True))
+            results = [bb.emit(relax.TupleGetItem(pair, i)) for i in range(2)]
+            out = bb.emit_output(relax.Tuple([*results, few]))
+        bb.emit_func_output(out)
+    func = bb.finalize()["prefill"]
+    return tvm.IRModule({**dict(decode_mod.functions_items()), relax.GlobalVar("prefill"): func})
+
+
+def test_a_prefill_has_a_twin_whose_all_reduces_are_of_many_rows():
+    before = with_prefill(decode(fused=True))
+    state = peer_state(before, 2, 16)
+    assert state == PeerState(ranks=2, rows=3, features=8, chunk=16)
+    tensors = state.tensors
+    assert tensors["peer_chunk_calls"] == ((16,), "int32")
+    first = 4 * state.chunk_at
+    assert first % 256 == 0 and first >= 4 * 2 * 2 * 3 * 8
+    # Two halves of what the other rank sends, then flags.
+    assert 4 * tensors["peer_buffer"][0][0] == first + 2 * 16 * 8 * 2 + 2 * 16 * 3 * 4
+    after = add_peer_functions(before, state)
+    tvm.ir.assert_structural_equal(after["prefill"], before["prefill"])
+    twin = after["prefill_peer"]
+    names = ["x", "y", "last", "rank", "peers", "peer_calls", "peer_chunk_calls", "weight"]
+    assert [p.name for p in twin.params] == names and int(twin.attrs["num_input"]) == 7
+    embedded, fused, few = calls(twin)
+    assert op_name(embedded) == "shardwright.peer_all_reduce_many"
+    assert op_name(fused) == "shardwright.peer_all_reduce_many_add_rms_norm"
+    assert op_name(few) == "shardwright.peer_all_reduce"
+    assert [x.name for x in operands_of(embedded)[:-1]] == [
+        "x",
+        "peers",
+        "peer_chunk_calls",
+        "rank",
+    ]
+    assert operands_of(few)[2].name == "peer_calls"
+    assert operands_of(embedded)[-1].value == operands_of(fused)[-1].value == first
+
+
+def test_a_prefill_of_other_rows_keeps_its_collectives():
+    decode_mod = decode_logits(2, 8, 16)
+    narrow = with_prefill(decode_mod)
+    assert peer_state(narrow, 2, 16).chunk == 16
+    plain = PeerState(ranks=2, rows=3, features=8)
+    names = {gv.name_hint for gv in add_peer_functions(narrow, plain).get_global_vars()}
+    assert names == {"decode_3", "decode_3_peer", "prefill"}
+
+
+def test_kernels_of_many_rows_say_what_they_are_instantiated_for():
+    sizes = {"features": 4096, "ranks": 4, "rows": 48, "first": 256}
+    plain = str(all_reduce.all_reduce_many(**sizes))
+    fused = str(all_reduce.all_reduce_many_add_rms_norm(**sizes, eps=1e-5))
+    assert "all_reduce_many<4, 48, 4096, 256, true, false, 256>" in plain
+    assert "all_reduce_many<4, 48, 4096, 256, true, true, 256>" in fused
+    two = str(all_reduce.all_reduce_many(**sizes | {"ranks": 2, "features": 264}))
+    assert "all_reduce_many<2, 48, 264, 64, false, false, 256>" in two
 
 
 class Cuda:

@@ -11,6 +11,7 @@ are a cluster, which sums the squares for a norm in distributed shared memory; G
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tvm import tirx
@@ -43,6 +44,14 @@ def plan(*, tokens: int, features: int, ranks: int, clusters: bool) -> Plan:
     pushed = tokens * features * 2 * (ranks - 1)
     # Between two ranks both ways push the same, and one shot is sooner there.
     return Plan(parts, threads, ranks > 2 and pushed >= TWO_SHOTS_FROM)
+
+
+def many_bytes(*, ranks: int, rows: int, features: int, two_shots: bool | None = None) -> int:
+    """Bytes of each rank's buffer for all-reduces of up to `rows` rows; see `peer_many.cuh`."""
+    two = ranks > 2 if two_shots is None else two_shots
+    owned = -(-rows // ranks) if two else rows
+    half = (ranks - 1) * owned + (rows if two else 0)
+    return 2 * half * features * 2 + 2 * rows * (ranks + 1) * 4
 
 
 def _call(name: str, *args: Any) -> Any:
@@ -223,3 +232,112 @@ def gather_logits(
                         )
 
     return gather_logits
+
+
+def _many_name(fused: bool, ranks: int, rows: int, features: int, first: int) -> tuple[str, int]:
+    """The device function for all-reduces of up to `rows` rows, and the threads of its blocks."""
+    threads = min(256, max(64, features // 8 // 32 * 32))
+    flags = [str(flag).lower() for flag in (ranks > 2, fused)]
+    sizes = map(str, (ranks, rows, features, threads))
+    return f"shardwright::peer::all_reduce_many<{', '.join((*sizes, *flags, str(first)))}>", threads
+
+
+def _call_many(name: str, *args: Any) -> Any:
+    source = cuda_source("peer.cuh") + (Path(__file__).parent / "peer_many.cuh").read_text()
+    return T.cuda.func_call(name, *args, source_code=source)
+
+
+def all_reduce_many(*, features: int, ranks: int, rows: int, first: int) -> tirx.PrimFunc:
+    """`(x [n,E] f16, peers [ranks+1] i64, calls [rows] i32, rank [1] i32) -> sum [n,E]`.
+
+    For any n up to `rows`, E a multiple of 8. Arguments as for `all_reduce`; what is exchanged
+    begins `first` bytes into the buffers, at a multiple of 16.
+    """
+    name, threads = _many_name(False, ranks, rows, features, first)
+    n = tirx.Var("n", "int64")
+
+    @T.prim_func(s_tir=True)
+    def all_reduce_many(
+        x_h: T.handle, peers_h: T.handle, calls_h: T.handle, rank_h: T.handle, sum_h: T.handle
+    ):
+        T.func_attr(SCHEDULED)
+        x = T.match_buffer(x_h, (n, features), "float16")
+        peers = T.match_buffer(peers_h, (ranks + 1,), "int64")
+        calls = T.match_buffer(calls_h, (rows,), "int32")
+        rank = T.match_buffer(rank_h, (1,), "int32")
+        total = T.match_buffer(sum_h, (n, features), "float16")
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for row in T.thread_binding(n, thread="blockIdx.x"):
+                for tid in T.thread_binding(threads, thread="threadIdx.x"):
+                    T.evaluate(
+                        _call_many(
+                            name,
+                            x.data,
+                            x.data,
+                            x.data,
+                            peers.data,
+                            calls.data,
+                            rank.data,
+                            total.data,
+                            total.data,
+                            T.float32(0),
+                            T.cast(row, "int32"),
+                            tid,
+                        )
+                    )
+
+    return all_reduce_many
+
+
+def all_reduce_many_add_rms_norm(
+    *, features: int, ranks: int, rows: int, first: int, eps: float
+) -> tirx.PrimFunc:
+    """As `all_reduce_add_rms_norm`, for any number of rows up to `rows`; see `all_reduce_many`."""
+    name, threads = _many_name(True, ranks, rows, features, first)
+    n = tirx.Var("n", "int64")
+
+    @T.prim_func(s_tir=True)
+    def all_reduce_many_add_rms_norm(
+        residual_h: T.handle,
+        x_h: T.handle,
+        weight_h: T.handle,
+        peers_h: T.handle,
+        calls_h: T.handle,
+        rank_h: T.handle,
+        sum_h: T.handle,
+        normed_h: T.handle,
+    ):
+        T.func_attr(SCHEDULED)
+        residual = T.match_buffer(residual_h, (n, features), "float16")
+        x = T.match_buffer(x_h, (n, features), "float16")
+        weight = T.match_buffer(weight_h, (features,), "float16")
+        peers = T.match_buffer(peers_h, (ranks + 1,), "int64")
+        calls = T.match_buffer(calls_h, (rows,), "int32")
+        rank = T.match_buffer(rank_h, (1,), "int32")
+        total = T.match_buffer(sum_h, (n, features), "float16")
+        normed = T.match_buffer(normed_h, (n, features), "float16")
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for row in T.thread_binding(n, thread="blockIdx.x"):
+                for tid in T.thread_binding(threads, thread="threadIdx.x"):
+                    T.evaluate(
+                        _call_many(
+                            name,
+                            x.data,
+                            residual.data,
+                            weight.data,
+                            peers.data,
+                            calls.data,
+                            rank.data,
+                            total.data,
+                            normed.data,
+                            T.float32(eps),
+                            T.cast(row, "int32"),
+                            tid,
+                        )
+                    )
+
+    return all_reduce_many_add_rms_norm

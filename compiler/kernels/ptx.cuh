@@ -72,5 +72,20 @@ __device__ __forceinline__ bool receive(const unsigned* from, unsigned flag, uin
   return a == flag && b == flag;
 }
 
+// Tells a peer, by a word of its memory, that what this thread has seen written can be read.
+__device__ __forceinline__ void publish(unsigned* flag, unsigned value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+// One look at a word of `publish`; whether it has come.
+__device__ __forceinline__ bool published(const unsigned* flag, unsigned value) {
+  unsigned found;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(found) : "l"(flag) : "memory");
+  return found == value;
+}
+
+// What a peer has written, past the L1 cache.
+__device__ __forceinline__ uint4 load_l2(const uint4* from) { return __ldcg(from); }
+
 }  // namespace shardwright
 #endif

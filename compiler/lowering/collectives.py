@@ -35,6 +35,24 @@ def lower_peer_all_reduce_add_rms_norm(
     return relax.call_tir(kernel, tensors, list(call.ty.fields))
 
 
+def lower_peer_all_reduce_many(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """The sum over all ranks of x [n, features] of a prefill, over peer memory."""
+    *tensors, first = args
+    shapes = _peer_many_shapes(tensors[0], tensors[1], tensors[2], first)
+    kernel = k.kernel(all_reduce.all_reduce_many, **shapes)
+    return relax.call_tir(kernel, tensors, call.ty)
+
+
+def lower_peer_all_reduce_many_add_rms_norm(
+    k: Kernels, call: relax.Call, args: list[relax.Expr]
+) -> relax.Expr:
+    """The same with the residual sum and the norm behind it, in one kernel."""
+    *tensors, eps, first = args
+    shapes = _peer_many_shapes(tensors[1], tensors[3], tensors[4], first)
+    kernel = k.kernel(all_reduce.all_reduce_many_add_rms_norm, **shapes, eps=value_of(eps))
+    return relax.call_tir(kernel, tensors, list(call.ty.fields))
+
+
 def lower_peer_store_logits(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     """The logits [n, V / ranks] of all ranks into each rank's [batch, V], over peer memory."""
     *tensors, first = args
@@ -56,3 +74,10 @@ def _peer_shapes(k: Kernels, x: relax.Expr, peers: relax.Expr, calls: relax.Expr
     ranks, rows = shape_of(peers)[0] - 1, shape_of(calls)[0]
     sizes = {"tokens": tokens, "features": features, "ranks": ranks, "rows": rows}
     return sizes | {"clusters": k.arch >= 90}
+
+
+def _peer_many_shapes(
+    x: relax.Expr, peers: relax.Expr, calls: relax.Expr, first: relax.Expr
+) -> dict[str, int]:
+    ranks, rows = shape_of(peers)[0] - 1, shape_of(calls)[0]
+    return {"features": shape_of(x)[1], "ranks": ranks, "rows": rows, "first": value_of(first)}
