@@ -22,6 +22,7 @@ from shardwright.compiler.lowering import (
     sampling,
 )
 from shardwright.compiler.lowering.common import Kernels, Lowering
+from shardwright.compiler.lowering.images import calls_of_images
 from shardwright.compiler.peer import PeerState, add_peer_functions
 from shardwright.compiler.rules import op_name, operands_of
 
@@ -84,15 +85,16 @@ def lower_abstract(
     bb = relax.BlockBuilder()
     kernels = Kernels(bb, target, disabled)
 
-    def lower(rw: Rewriter, _var: relax.Var, call: relax.Call) -> relax.Expr | None:
+    def lower(rw: Rewriter, var: relax.Var, call: relax.Call) -> relax.Expr | None:
         lowering = LOWERINGS.get(op_name(call))
         if lowering is None:
             return None  # an operation of Relax itself
+        kernels.image = var in images
         return lowering(kernels, call, [rw.local(x) for x in operands_of(call)])
 
-    functions = {
-        gv.name_hint: Rewriter(func, lower, bb=bb).run(gv.name_hint)
-        for gv, func in mod.functions_items()
-    }
+    functions = {}
+    for gv, func in mod.functions_items():
+        images = calls_of_images(kernels, func)
+        functions[gv.name_hint] = Rewriter(func, lower, bb=bb).run(gv.name_hint)
     out = {gv: f for gv, f in bb.get().functions_items() if not isinstance(f, relax.Function)}
     return tvm.IRModule({**out, **{relax.GlobalVar(name): f for name, f in functions.items()}})

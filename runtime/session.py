@@ -246,8 +246,9 @@ class Session:
         cached = [common_prefix(old, row.prompt) for old, row in zip(before, rows, strict=False)]
         self._rows = []
         began = time.monotonic()
-        self._feed([row.prompt for row in rows], cached)
+        # First, as it waits for the device: the sampler then follows the prefill at once.
         self._write_sampling(rows)
+        self._feed([row.prompt for row in rows], cached)
         self._controller.send("sample", rows=len(rows))
         steps = self._steps(len(rows), max(row.limit for row in rows) - 1)
         phase, fed = "prefill", sum(len(row.prompt) for row in rows) - sum(cached)

@@ -33,6 +33,8 @@ struct uint4 {
   unsigned x, y, z, w;
 };
 
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
 inline unsigned __float_as_uint(float x) {
   unsigned bits;
   memcpy(&bits, &x, 4);
@@ -70,6 +72,8 @@ inline half2 __floats2half2_rn(float x, float y) { return {to_half(x), to_half(y
 inline half2 __hadd2(half2 a, half2 b) {
   return {to_half(to_float(a.x) + to_float(b.x)), to_half(to_float(a.y) + to_float(b.y))};
 }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline unsigned atomicAdd(unsigned* at, unsigned more) { return (*at += more) - more; }
 

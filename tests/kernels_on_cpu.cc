@@ -2,6 +2,7 @@
 #include "cuda_on_cpu.h"
 #define __CUDA_FP16_H__
 #include "../compiler/kernels/peer.cuh"
+#include "../compiler/kernels/q4_image.cuh"
 #include "../compiler/kernels/peer_many.cuh"
 #include "../compiler/kernels/sample.cuh"
 
@@ -36,22 +37,24 @@ void reduce(const Rank* ranks, int rows, bool two_shots, bool fused) {
   f(ranks, rows);
 }
 
-template <int kRanks, int kSize, bool kTwoShots, bool kFused>
+template <int kRanks, int kSize, bool kTwoShots, peer::Norm kNorm>
 void reduce_many(const Rank* ranks, int rows) {
   host::launch(kRanks * rows, 1, 32, [&](int block, int, int tid) {
     const Rank& r = ranks[block / rows];
-    peer::all_reduce_many<kRanks, kRows, kSize, 32, kTwoShots, kFused, 16>(
-        r.x, r.residual, r.weight, r.peers, r.calls, r.rank, r.sum, r.normed, 1e-5f, block % rows,
-        tid);
+    peer::all_reduce_many<kRanks, kRows, kSize, 32, kTwoShots, kNorm, 16>(
+        r.x, r.residual, r.weight, r.peers, r.calls, r.rank, r.sum, r.normed, 1e-5f, rows,
+        block % rows, tid);
   });
 }
 
 template <int kRanks, int kSize>
 void reduce_many(const Rank* ranks, int rows, bool two_shots, bool fused) {
-  auto f = two_shots ? fused ? reduce_many<kRanks, kSize, true, true>
-                             : reduce_many<kRanks, kSize, true, false>
-           : fused   ? reduce_many<kRanks, kSize, false, true>
-                     : reduce_many<kRanks, kSize, false, false>;
+  // Rows of 1024 are written as an image.
+  constexpr peer::Norm kNorm = kSize == 1024 ? peer::kImage : peer::kPlain;
+  auto f = two_shots ? fused ? reduce_many<kRanks, kSize, true, kNorm>
+                             : reduce_many<kRanks, kSize, true, peer::kNone>
+           : fused   ? reduce_many<kRanks, kSize, false, kNorm>
+                     : reduce_many<kRanks, kSize, false, peer::kNone>;
   f(ranks, rows);
 }
 
@@ -62,6 +65,7 @@ extern "C" {
 int all_reduce_many(int ranks, int size, bool two_shots, bool fused, const Rank* r, int rows) {
   if (ranks == 2 && size == 264) reduce_many<2, 264>(r, rows, two_shots, fused);
   else if (ranks == 3 && size == 1032) reduce_many<3, 1032>(r, rows, two_shots, fused);
+  else if (ranks == 3 && size == 1024) reduce_many<3, 1024>(r, rows, two_shots, fused);
   else if (ranks == 8 && size == 264) reduce_many<8, 264>(r, rows, two_shots, fused);
   else return 1;
   return 0;
@@ -73,6 +77,18 @@ int all_reduce(int ranks, int size, int parts, bool two_shots, bool fused, const
   else if (ranks == 8 && size == 264 && parts == 2) reduce<8, 264, 32, 2>(r, rows, two_shots, fused);
   else return 1;
   return 0;
+}
+
+void silu_mul_image(const half* y, half* image, int n, int inner) {
+  for (int at = 0; at < n * (inner / 32); ++at)
+    shardwright_q4::silu_mul_image(y, image, n, inner, at / (inner / 32), at % (inner / 32));
+}
+
+void add_rms_norm_image(const half* x, const half* y, const half* weight, half* sum, half* image,
+                        int n) {
+  host::launch(n, 1, 64, [&](int token, int, int tid) {
+    shardwright_q4::add_rms_norm_image<2048>(x, y, weight, sum, image, 1e-5f, n, token, tid);
+  });
 }
 
 // 3 ranks, 22 logits each, a vocabulary of 64.

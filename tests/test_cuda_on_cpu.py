@@ -37,23 +37,61 @@ def test_all_reduce(library, ranks, size, parts, two_shots):
 
 
 @pytest.mark.parametrize("two_shots", [False, True])
-@pytest.mark.parametrize(("ranks", "size"), [(2, 264), (3, 1032), (8, 264)])
+@pytest.mark.parametrize(("ranks", "size"), [(2, 264), (3, 1032), (3, 1024), (8, 264)])
 def test_all_reduce_of_many_rows(library, ranks, size, two_shots):
     def call(fused, state, rows):
         return library.all_reduce_many(ranks, size, two_shots, fused, state, rows)
 
     nbytes = all_reduce.many_bytes(ranks=ranks, rows=ROWS, features=size, two_shots=two_shots)
-    check_all_reduce(call, ranks, size, 16 + nbytes)
+    check_all_reduce(call, ranks, size, 16 + nbytes, image=size == 1024)
 
 
-def check_all_reduce(call, ranks, size, nbytes):
-    """Sums and norms of `call` on buffers of `nbytes`, several times, against numpy's."""
+def from_image(image, n):
+    """x [n, K] of an image of it, by the definitions in q4_image.cuh."""
+    tile, columns = 64 if n <= 64 else 128 if n <= 128 else 256, image.shape[1]
+    token = np.arange(n)[:, None]
+    chunk = np.arange(columns // 8)
+    line = (token // tile * (columns // 64) + chunk // 8) * tile + token % tile
+    chunks = image.reshape(-1, 8)[line * 8 + (chunk % 8 ^ token % 8)]
+    place, i = np.arange(16)[:, None], np.arange(8)
+    order = (32 * (i // 2) + 8 * (place // 4) + place % 4 + 4 * (i % 2)).ravel()
+    x = np.empty((n, columns // 128, 128), image.dtype)
+    x[:, :, order] = chunks.reshape(n, -1, 128)
+    return x.reshape(n, columns)
+
+
+@pytest.mark.parametrize("n", [3, 100, 130, 260])
+def test_images_hold_what_the_kernels_compute(library, n):
+    rng = np.random.default_rng(n)
+    rows = -(-n // 256) * 256
+    y = rng.standard_normal((n, 512)).astype("float16")
+    image = np.zeros((rows, 256), "float16")
+    library.silu_mul_image(*(ctypes.c_void_p(a.ctypes.data) for a in (y, image)), n, 256)
+    gate, up = y[:, :256].astype("float64"), y[:, 256:].astype("float64")
+    np.testing.assert_allclose(from_image(image, n), gate / (1 + np.exp(-gate)) * up, 1e-3, 1e-7)
+
+    x, residual = rng.standard_normal((2, n, 2048)).astype("float16")
+    weight, total = rng.standard_normal(2048).astype("float16"), np.zeros((n, 2048), "float16")
+    image = np.zeros((rows, 2048), "float16")
+    arrays = (x, residual, weight, total, image)
+    library.add_rms_norm_image(*(ctypes.c_void_p(a.ctypes.data) for a in arrays), n)
+    np.testing.assert_array_equal(total, x + residual)
+    scale = 1 / np.sqrt((total.astype("float64") ** 2).mean(1, keepdims=True) + 1e-5)
+    normed = total.astype("float64") * scale * weight.astype("float64")
+    np.testing.assert_allclose(from_image(image, n), normed, rtol=2e-3, atol=1e-5)
+
+
+def check_all_reduce(call, ranks, size, nbytes, image=False):
+    """Sums and norms of `call` on buffers of `nbytes`, several times, against numpy's.
+
+    With `image` norms are written as an image.
+    """
     rng = np.random.default_rng(ranks)
     residual, weight = rng.standard_normal((2, ROWS, size)).astype("float16")
     weight = weight[0]
     x = [np.empty((ROWS, size), "float16") for _ in range(ranks)]
     sums = [np.zeros((ROWS, size), "float16") for _ in range(ranks)]
-    norms = [np.zeros((ROWS, size), "float16") for _ in range(ranks)]
+    norms = [np.zeros((64 if image else ROWS, size), "float16") for _ in range(ranks)]
     calls = [np.zeros(ROWS, "int32") for _ in range(ranks)]
     numbers = [np.array([r], "int32") for r in range(ranks)]
     # Behind each buffer is a margin that nothing may write to.
@@ -81,7 +119,8 @@ def check_all_reduce(call, ranks, size, nbytes):
             expected = residual[:rows] + expected
             scale = 1 / np.sqrt((expected.astype("float64") ** 2).mean(1, keepdims=True) + 1e-5)
             normed = expected.astype("float64") * scale * weight.astype("float64")
-            np.testing.assert_allclose(norms[0][:rows], normed, rtol=2e-3, atol=1e-5)
+            found = from_image(norms[0], rows) if image else norms[0][:rows]
+            np.testing.assert_allclose(found, normed, rtol=2e-3, atol=1e-5)
         for r in range(ranks):
             np.testing.assert_array_equal(sums[r][:rows], expected)
             np.testing.assert_array_equal(sums[r][rows:], 0)

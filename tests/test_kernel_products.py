@@ -89,6 +89,52 @@ def test_four_bit_weights_go_to_hoppers_tensor_cores_unpacked_on_the_way(
     assert kernels == wanted.get(kernel, {f"{kernel}_kernel"})
 
 
+def feed_forward(others_read):
+    """Residual sum and norm, gate and up with SiLU, down; `others_read` the values between."""
+    n = tvm.tirx.Var("n", "int64")
+
+    def half(*shape):
+        return relax.TensorType(shape, "float16")
+
+    def weight(name, rows, columns):
+        packed = relax.Var(f"{name}_packed", relax.TensorType((rows, columns // 8), "uint32"))
+        return [packed, relax.Var(f"{name}_scale", half(rows, columns // 32))]
+
+    x, y = relax.Var("x", half(n, 1024)), relax.Var("y", half(n, 1024))
+    scale = relax.Var("scale", half(1024))
+    up, down = weight("up", 512, 1024), weight("down", 1024, 256)
+    bb = relax.BlockBuilder()
+    with bb.function("prefill", [x, y, scale, *up, *down], attrs={"num_input": 2}):
+        with bb.dataflow():
+            eps = relax.prim_value(tvm.tirx.FloatImm("float64", 1e-5))
+
+            def call(name, args, out):
+                args = relax.Tuple(args)
+                return bb.emit(relax.call_dps_packed(f"shardwright.{name}", args, out_ty=out))
+
+            both = call("add_rms_norm", [x, y, scale, eps], [half(n, 1024), half(n, 1024)])
+            total, normed = (bb.emit(relax.TupleGetItem(both, i)) for i in range(2))
+            gated = call("q4_gated_linear", [normed, *up], half(n, 256))
+            out = call("q4_linear", [gated, *down], half(n, 1024))
+            results = [total, out, *([normed, gated] if others_read else [])]
+            out = bb.emit_output(relax.Tuple(results))
+        bb.emit_func_output(out)
+    return bb.get()
+
+
+@pytest.mark.parametrize("others_read", [False, True])
+def test_what_four_bit_products_alone_read_is_written_in_their_order(others_read):
+    target = cuda_target(("sm_90a",))
+    before = feed_forward(others_read)
+    with target:
+        mod = lower_abstract(before, target)
+    kernels = {gv.name_hint for gv, f in mod.functions_items() if not isinstance(f, relax.Function)}
+    written = {"add_rms_norm_image_kernel", "silu_mul_image_kernel"}
+    plain = {"add_rms_norm_kernel", "silu_mul_kernel", "q4_gemm_image_kernel"}
+    assert kernels == {"q4_gemm_kernel", *(plain if others_read else written)}
+    tvm.ir.assert_structural_equal(mod["prefill"].ret_ty, before["prefill"].ret_ty, True)
+
+
 def test_a_missing_cublas_names_its_package(monkeypatch):
     monkeypatch.setattr(tvm_runtime, "_pip_candidates", lambda name: [])
     monkeypatch.setenv("LD_LIBRARY_PATH", "")

@@ -222,10 +222,12 @@ def test_kernels_of_many_rows_say_what_they_are_instantiated_for():
     sizes = {"features": 4096, "ranks": 4, "rows": 48, "first": 256}
     plain = str(all_reduce.all_reduce_many(**sizes))
     fused = str(all_reduce.all_reduce_many_add_rms_norm(**sizes, eps=1e-5))
-    assert "all_reduce_many<4, 48, 4096, 256, true, false, 256>" in plain
-    assert "all_reduce_many<4, 48, 4096, 256, true, true, 256>" in fused
+    assert "all_reduce_many<4, 48, 4096, 256, true, shardwright::peer::kNone, 256>" in plain
+    assert "all_reduce_many<4, 48, 4096, 256, true, shardwright::peer::kPlain, 256>" in fused
+    image = str(all_reduce.all_reduce_many_add_rms_norm(**sizes, eps=1e-5, image=True))
+    assert "all_reduce_many<4, 48, 4096, 128, true, shardwright::peer::kImage, 256>" in image
     two = str(all_reduce.all_reduce_many(**sizes | {"ranks": 2, "features": 264}))
-    assert "all_reduce_many<2, 48, 264, 64, false, false, 256>" in two
+    assert "all_reduce_many<2, 48, 264, 64, false, shardwright::peer::kNone, 256>" in two
 
 
 class Cuda:

@@ -18,6 +18,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from .common import SCHEDULED, cuda_source, launch_dependents
+from .q4_gemm import image_rows
 
 MAX_PARTS = 8  # the largest cluster that every GPU with clusters can launch
 TWO_SHOTS_FROM = 320 * 1024  # bytes that a rank would push in one shot; see docs/performance.md
@@ -234,17 +235,33 @@ def gather_logits(
     return gather_logits
 
 
-def _many_name(fused: bool, ranks: int, rows: int, features: int, first: int) -> tuple[str, int]:
+@dataclass(frozen=True)
+class _Many:
     """The device function for all-reduces of up to `rows` rows, and the threads of its blocks."""
-    threads = min(256, max(64, features // 8 // 32 * 32))
-    flags = [str(flag).lower() for flag in (ranks > 2, fused)]
-    sizes = map(str, (ranks, rows, features, threads))
-    return f"shardwright::peer::all_reduce_many<{', '.join((*sizes, *flags, str(first)))}>", threads
 
+    norm: str
+    ranks: int
+    rows: int
+    features: int
+    first: int
 
-def _call_many(name: str, *args: Any) -> Any:
-    source = cuda_source("peer.cuh") + (Path(__file__).parent / "peer_many.cuh").read_text()
-    return T.cuda.func_call(name, *args, source_code=source)
+    @property
+    def threads(self) -> int:
+        if self.norm == "kImage":
+            return self.features // 32
+        return min(256, max(64, self.features // 8 // 32 * 32))
+
+    def call(self, *args: Any) -> Any:
+        """Its call in a kernel."""
+        sizes = (self.ranks, self.rows, self.features, self.threads, str(self.ranks > 2).lower())
+        values = ", ".join(map(str, (*sizes, f"shardwright::peer::{self.norm}", self.first)))
+        folder = Path(__file__).parent
+        others = [(folder / name).read_text() for name in ("q4_image.cuh", "peer_many.cuh")]
+        return T.cuda.func_call(
+            f"shardwright::peer::all_reduce_many<{values}>",
+            *args,
+            source_code=cuda_source("peer.cuh") + "".join(others),
+        )
 
 
 def all_reduce_many(*, features: int, ranks: int, rows: int, first: int) -> tirx.PrimFunc:
@@ -253,7 +270,8 @@ def all_reduce_many(*, features: int, ranks: int, rows: int, first: int) -> tirx
     For any n up to `rows`, E a multiple of 8. Arguments as for `all_reduce`; what is exchanged
     begins `first` bytes into the buffers, at a multiple of 16.
     """
-    name, threads = _many_name(False, ranks, rows, features, first)
+    many = _Many("kNone", ranks, rows, features, first)
+    threads = many.threads
     n = tirx.Var("n", "int64")
 
     @T.prim_func(s_tir=True)
@@ -272,8 +290,7 @@ def all_reduce_many(*, features: int, ranks: int, rows: int, first: int) -> tirx
             for row in T.thread_binding(n, thread="blockIdx.x"):
                 for tid in T.thread_binding(threads, thread="threadIdx.x"):
                     T.evaluate(
-                        _call_many(
-                            name,
+                        many.call(
                             x.data,
                             x.data,
                             x.data,
@@ -283,6 +300,7 @@ def all_reduce_many(*, features: int, ranks: int, rows: int, first: int) -> tirx
                             total.data,
                             total.data,
                             T.float32(0),
+                            T.cast(n, "int32"),
                             T.cast(row, "int32"),
                             tid,
                         )
@@ -292,11 +310,16 @@ def all_reduce_many(*, features: int, ranks: int, rows: int, first: int) -> tirx
 
 
 def all_reduce_many_add_rms_norm(
-    *, features: int, ranks: int, rows: int, first: int, eps: float
+    *, features: int, ranks: int, rows: int, first: int, eps: float, image: bool = False
 ) -> tirx.PrimFunc:
-    """As `all_reduce_add_rms_norm`, for any number of rows up to `rows`; see `all_reduce_many`."""
-    name, threads = _many_name(True, ranks, rows, features, first)
+    """As `all_reduce_add_rms_norm`, for any number of rows up to `rows`; see `all_reduce_many`.
+
+    With `image` the norm is written as `q4_gemm.add_rms_norm_image` writes it, for the same E.
+    """
+    many = _Many("kImage" if image else "kPlain", ranks, rows, features, first)
+    threads = many.threads
     n = tirx.Var("n", "int64")
+    written = image_rows(n) if image else n
 
     @T.prim_func(s_tir=True)
     def all_reduce_many_add_rms_norm(
@@ -317,15 +340,14 @@ def all_reduce_many_add_rms_norm(
         calls = T.match_buffer(calls_h, (rows,), "int32")
         rank = T.match_buffer(rank_h, (1,), "int32")
         total = T.match_buffer(sum_h, (n, features), "float16")
-        normed = T.match_buffer(normed_h, (n, features), "float16")
+        normed = T.match_buffer(normed_h, (written, features), "float16")
         with T.sblock("root"):
             T.reads()
             T.writes()
             for row in T.thread_binding(n, thread="blockIdx.x"):
                 for tid in T.thread_binding(threads, thread="threadIdx.x"):
                     T.evaluate(
-                        _call_many(
-                            name,
+                        many.call(
                             x.data,
                             residual.data,
                             weight.data,
@@ -335,6 +357,7 @@ def all_reduce_many_add_rms_norm(
                             total.data,
                             normed.data,
                             T.float32(eps),
+                            T.cast(n, "int32"),
                             T.cast(row, "int32"),
                             tid,
                         )

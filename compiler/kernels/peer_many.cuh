@@ -5,6 +5,8 @@
 // For little data `peer.cuh` sends a flag with every word; here a whole row has one flag, which is
 // set after its data, so that the links carry data alone.
 
+// Comes after `ptx.cuh`, `peer.cuh` and `q4_image.cuh`.
+
 #include <cuda_fp16.h>
 
 namespace shardwright::peer {
@@ -39,19 +41,25 @@ struct Many {
   }
 };
 
-// The sum over ranks of row `row`, with `kFused` added to `residual` and normed, by one block.
+// How the norm of a row is written, if at all: as it is, or as part of the image that q4_gemm.cuh
+// multiplies, of `n` rows.
+enum Norm { kNone, kPlain, kImage };
+
+// The sum over ranks of row `row`, added to `residual` if a norm follows, by one block.
 //
 // One shot: everyone pushes to everyone, and adds in rank order. Two shots: each row has an owner,
 // which alone receives the summands and pushes their sum. Blocks wait for those of the same row on
 // other ranks, and a GPU starts blocks in their order, so not all of them need be there at once.
-template <int kRanks, int kRows, int kSize, int kThreads, bool kTwoShots, bool kFused,
-          size_t kFirst>
+template <int kRanks, int kRows, int kSize, int kThreads, bool kTwoShots, Norm kNorm, size_t kFirst>
 __device__ __forceinline__ void all_reduce_many(const half* x, const half* residual,
                                                 const half* weight, const int64_t* peers,
                                                 int* calls, const int* rank_of, half* sum,
-                                                half* normed, float epsilon, int row, int tid) {
+                                                half* normed, float epsilon, int n, int row,
+                                                int tid) {
   using Buffer = Many<kRanks, kRows, kSize, kTwoShots>;
   constexpr int kUnits = kSize / 8, kPer = (kUnits + kThreads - 1) / kThreads;
+  constexpr bool kFused = kNorm != kNone;
+  static_assert(kNorm != kImage || kUnits == 4 * kThreads, "as put_image has them");
   __shared__ float partial[kThreads / 32];
   const size_t first = (size_t)row * kUnits;
   const int rank = *rank_of, owner = kTwoShots ? row % kRanks : rank;
@@ -60,11 +68,15 @@ __device__ __forceinline__ void all_reduce_many(const half* x, const half* resid
     return Buffer{reinterpret_cast<char*>(peers[r]) + kFirst, (int)(number & 1u)};
   };
   Patience patience{reinterpret_cast<const volatile int*>(peers[kRanks])};
-  auto inside = [&](int j) { return tid + j * kThreads < kUnits; };
+  // The unit of 8 elements that is this thread's number j.
+  auto unit = [&](int j) {
+    return kNorm == kImage ? tid / 4 * 16 + tid % 4 + 4 * j : tid + j * kThreads;
+  };
+  auto inside = [&](int j) { return unit(j) < kUnits; };
   uint4 value[kPer], skip[kPer];
 #pragma unroll
   for (int j = 0; j < kPer; ++j)
-    if (inside(j)) value[j] = reinterpret_cast<const uint4*>(x)[first + tid + j * kThreads];
+    if (inside(j)) value[j] = reinterpret_cast<const uint4*>(x)[first + unit(j)];
 #pragma unroll
   for (int d = 1; d < kRanks; ++d) {
     const int to = kTwoShots ? owner : (rank + d) % kRanks;
@@ -72,7 +84,7 @@ __device__ __forceinline__ void all_reduce_many(const half* x, const half* resid
     uint4* const there = buffer(to).summand(rank, to, row);
 #pragma unroll
     for (int j = 0; j < kPer; ++j)
-      if (inside(j)) there[tid + j * kThreads] = value[j];
+      if (inside(j)) there[unit(j)] = value[j];
   }
   __syncthreads();
   if (kTwoShots && rank != owner) {
@@ -84,7 +96,7 @@ __device__ __forceinline__ void all_reduce_many(const half* x, const half* resid
 #pragma unroll
   for (int j = 0; j < kPer; ++j)
     if (kFused && inside(j))
-      skip[j] = reinterpret_cast<const uint4*>(residual)[first + tid + j * kThreads];
+      skip[j] = reinterpret_cast<const uint4*>(residual)[first + unit(j)];
   const Buffer mine = buffer(rank);
   if (rank == owner) {
     if (tid < kRanks && tid != rank)
@@ -98,8 +110,7 @@ __device__ __forceinline__ void all_reduce_many(const half* x, const half* resid
 #pragma unroll
       for (int source = 0; source < kRanks; ++source) {
         const uint4 got = source == rank ? value[j]
-                                         : load_l2(mine.summand(source, rank, row) + tid +
-                                                   j * kThreads);
+                                         : load_l2(mine.summand(source, rank, row) + unit(j));
         const half2* pairs = reinterpret_cast<const half2*>(&got);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -113,7 +124,7 @@ __device__ __forceinline__ void all_reduce_many(const half* x, const half* resid
       if (kTwoShots) {
 #pragma unroll
         for (int d = 1; d < kRanks; ++d)
-          buffer((rank + d) % kRanks).sum(row)[tid + j * kThreads] = value[j];
+          buffer((rank + d) % kRanks).sum(row)[unit(j)] = value[j];
       }
     }
     if (kTwoShots) {
@@ -128,7 +139,7 @@ __device__ __forceinline__ void all_reduce_many(const half* x, const half* resid
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < kPer; ++j)
-      if (inside(j)) value[j] = load_l2(mine.sum(row) + tid + j * kThreads);
+      if (inside(j)) value[j] = load_l2(mine.sum(row) + unit(j));
   }
   // All threads have read it, before they met.
   if (tid == 0) calls[row] = (int)number;
@@ -144,7 +155,7 @@ __device__ __forceinline__ void all_reduce_many(const half* x, const half* resid
       const float2 f = __half22float2(pairs[e]);
       squares += f.x * f.x + f.y * f.y;
     }
-    reinterpret_cast<uint4*>(sum)[first + tid + j * kThreads] = value[j];
+    reinterpret_cast<uint4*>(sum)[first + unit(j)] = value[j];
   }
   if (!kFused) return;
 #pragma unroll
@@ -158,7 +169,7 @@ __device__ __forceinline__ void all_reduce_many(const half* x, const half* resid
 #pragma unroll
   for (int j = 0; j < kPer; ++j) {
     if (!inside(j)) break;
-    const uint4 scales = reinterpret_cast<const uint4*>(weight)[tid + j * kThreads];
+    const uint4 scales = reinterpret_cast<const uint4*>(weight)[unit(j)];
     half2* pairs = reinterpret_cast<half2*>(&value[j]);
     const half2* weights = reinterpret_cast<const half2*>(&scales);
 #pragma unroll
@@ -166,8 +177,9 @@ __device__ __forceinline__ void all_reduce_many(const half* x, const half* resid
       const float2 f = __half22float2(pairs[e]), w = __half22float2(weights[e]);
       pairs[e] = __floats2half2_rn(f.x * scale * w.x, f.y * scale * w.y);
     }
-    reinterpret_cast<uint4*>(normed)[first + tid + j * kThreads] = value[j];
+    if (kNorm == kPlain) reinterpret_cast<uint4*>(normed)[first + unit(j)] = value[j];
   }
+  if constexpr (kNorm == kImage) shardwright_q4::put_image(normed, value, row, tid, n, kSize);
 }
 
 }  // namespace shardwright::peer

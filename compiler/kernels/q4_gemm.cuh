@@ -4,24 +4,17 @@
 #ifndef SHARDWRIGHT_Q4_GEMM
 #define SHARDWRIGHT_Q4_GEMM
 
-__device__ __forceinline__ int shardwright_q4_tile(int n) {
-  return n <= 64 ? 64 : n <= 128 ? 128 : 256;
-}
-
-// Position p of 128 columns holds the element that a lane multiplies there: word by word of the
-// lane's four, in the order in which two nibbles are unpacked together.
+// The image of all of x: chunk `chunk` of a token's columns, zeros behind the last token.
 __device__ __forceinline__ void shardwright_q4_image(
     const half* x, half* image, int n, int inner, int row, int chunk) {
-  const int tile = shardwright_q4_tile(n), place = chunk % 16, step = place / 2, high = place % 2;
+  const int place = chunk % 16;
   half eight[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const int column = 32 * (i / 2) + 8 * (step / 2) + 2 * (step % 2) + high + 4 * (i % 2);
+    const int column = 32 * (i / 2) + 8 * (place / 4) + place % 4 + 4 * (i % 2);
     eight[i] = row < n ? x[(size_t)row * inner + chunk / 16 * 128 + column] : __float2half(0.f);
   }
-  // [tile of tokens][64 columns][token][column], 16 bytes swizzled as wgmma reads them.
-  const size_t at = ((size_t)(row / tile) * (inner / 64) + chunk / 8) * tile + row % tile;
-  *reinterpret_cast<uint4*>(image + at * 64 + (chunk % 8 ^ row % 8) * 8) =
+  *reinterpret_cast<uint4*>(image + shardwright_q4::image_at(row, chunk, n, inner)) =
       *reinterpret_cast<uint4*>(eight);
 }
 __device__ __forceinline__ void shardwright_q4_pairs(unsigned w, half2 scale, unsigned* out) {
@@ -258,7 +251,7 @@ __device__ __forceinline__ void shardwright_q4_gemm(
     int n, int rows, int inner, int group, int block) {
   const uintptr_t start = reinterpret_cast<uintptr_t>(buffer);
   unsigned char* shared = buffer + ((start + 1023) / 1024 * 1024 - start);
-  const int size = shardwright_q4_tile(n), tiles = (n + 255) / 256;
+  const int size = 1 << shardwright_q4::tile_bits(n), tiles = (n + 255) / 256;
   const int tile = block % tiles, band = block / tiles;  // neighbours share the weight
   const uint4* packed = reinterpret_cast<const uint4*>(words);
 #define PRODUCT(k) \

@@ -49,8 +49,13 @@ def _wgmma(tokens: int) -> str:
     )
 
 
+def image_source() -> str:
+    """The CUDA text of what writes images."""
+    return Path(__file__).with_name("q4_image.cuh").read_text()
+
+
 def _source() -> str:
-    text = Path(__file__).with_suffix(".cuh").read_text()
+    text = image_source() + Path(__file__).with_suffix(".cuh").read_text()
     return text.replace("\nWGMMA\n", "\n" + "".join(map(_wgmma, (64, 128, 256))))
 
 
@@ -94,6 +99,83 @@ def q4_gemm_image() -> tirx.PrimFunc:
                         )
 
     return q4_gemm_image
+
+
+def silu_mul_image(*, features: int) -> tirx.PrimFunc:
+    """`y [n,2F] f16 -> image` of `activation.silu_mul`; F a multiple of `COLUMNS`."""
+    threads, parts, source = 256, features // 32, image_source()
+    n = tirx.Var("n", "int64")
+
+    @T.prim_func(s_tir=True)
+    def silu_mul_image(y_h: T.handle, image_h: T.handle):
+        T.func_attr(SCHEDULED)
+        y = T.match_buffer(y_h, (n, 2 * features), "float16")
+        image = T.match_buffer(image_h, (image_rows(n), features), "float16")
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for block in T.thread_binding(T.ceildiv(n * parts, threads), thread="blockIdx.x"):
+                for tid in T.thread_binding(threads, thread="threadIdx.x"):
+                    at: T.let[T.int64] = T.cast(block, "int64") * threads + tid
+                    if at < n * parts:
+                        T.evaluate(
+                            T.cuda.func_call(
+                                "shardwright_q4::silu_mul_image",
+                                y.data,
+                                image.data,
+                                T.cast(n, "int32"),
+                                features,
+                                T.cast(at // parts, "int32"),
+                                T.cast(at % parts, "int32"),
+                                source_code=source,
+                            )
+                        )
+
+    return silu_mul_image
+
+
+NORM_FEATURES = 1024
+"""Features of a norm that is written as an image must be a multiple, up to 32 times as many."""
+
+
+def add_rms_norm_image(*, features: int, eps: float) -> tirx.PrimFunc:
+    """`(x [n,E], y [n,E], weight [E]) -> (sum [n,E], image)`, of `norm.add_rms_norm`, all f16."""
+    threads, source = features // 32, image_source()
+    name = f"shardwright_q4::add_rms_norm_image<{features}>"
+    n = tirx.Var("n", "int64")
+
+    @T.prim_func(s_tir=True)
+    def add_rms_norm_image(
+        x_h: T.handle, y_h: T.handle, weight_h: T.handle, sum_h: T.handle, image_h: T.handle
+    ):
+        T.func_attr(SCHEDULED)
+        x = T.match_buffer(x_h, (n, features), "float16")
+        y = T.match_buffer(y_h, (n, features), "float16")
+        weight = T.match_buffer(weight_h, (features,), "float16")
+        total = T.match_buffer(sum_h, (n, features), "float16")
+        image = T.match_buffer(image_h, (image_rows(n), features), "float16")
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for token in T.thread_binding(n, thread="blockIdx.x"):
+                for tid in T.thread_binding(threads, thread="threadIdx.x"):
+                    T.evaluate(
+                        T.cuda.func_call(
+                            name,
+                            x.data,
+                            y.data,
+                            weight.data,
+                            total.data,
+                            image.data,
+                            T.float32(eps),
+                            T.cast(n, "int32"),
+                            T.cast(token, "int32"),
+                            tid,
+                            source_code=source,
+                        )
+                    )
+
+    return add_rms_norm_image
 
 
 def q4_gemm(*, group: int) -> tirx.PrimFunc:

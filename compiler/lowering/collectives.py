@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tvm import relax
 
-from shardwright.compiler.kernels import all_reduce
+from shardwright.compiler.kernels import all_reduce, q4_gemm
 from shardwright.compiler.lowering.common import Kernels, value_of
 from shardwright.compiler.rules import shape_of
 
@@ -49,8 +49,14 @@ def lower_peer_all_reduce_many_add_rms_norm(
     """The same with the residual sum and the norm behind it, in one kernel."""
     *tensors, eps, first = args
     shapes = _peer_many_shapes(tensors[1], tensors[3], tensors[4], first)
-    kernel = k.kernel(all_reduce.all_reduce_many_add_rms_norm, **shapes, eps=value_of(eps))
-    return relax.call_tir(kernel, tensors, list(call.ty.fields))
+    kernel = k.kernel(
+        all_reduce.all_reduce_many_add_rms_norm, **shapes, eps=value_of(eps), image=k.image
+    )
+    total, normed = call.ty.fields
+    if k.image:
+        n, features = shape_of(tensors[1])
+        normed = relax.TensorType([q4_gemm.image_rows(n), features], "float16")
+    return relax.call_tir(kernel, tensors, [total, normed])
 
 
 def lower_peer_store_logits(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:

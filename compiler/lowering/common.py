@@ -43,6 +43,8 @@ class Kernels:
         self.wgmma = "wgmma" in target.keys and Q4_GEMM_PASS not in disabled
         # The oldest CUDA architecture, such as 89; 0 on other targets.
         self.arch = int(str(target.attrs["arch"])[3:]) if cuda else 0
+        # Whether the call that is being lowered writes an image; see `images.py`.
+        self.image = False
         self.generated: dict[tuple[Any, ...], relax.GlobalVar] = {}
 
     def kernel(self, generate: Callable[..., Any], **shapes: Any) -> relax.GlobalVar:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tvm import relax
 
-from shardwright.compiler.kernels import norm
+from shardwright.compiler.kernels import norm, q4_gemm
 from shardwright.compiler.lowering.common import Kernels, tokens_of, value_of
 from shardwright.compiler.rules import shape_of
 
@@ -17,6 +17,11 @@ def lower_add_rms_norm(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> 
         return relax.Tuple(
             [total, k.bb.emit(relax.op.nn.rms_norm(total, weight, [-1], value_of(eps)))]
         )
+    if k.image:
+        n, features = shape_of(x)
+        image = relax.TensorType([q4_gemm.image_rows(n), features], "float16")
+        kernel = k.kernel(q4_gemm.add_rms_norm_image, features=features, eps=value_of(eps))
+        return relax.call_tir(kernel, [x, y, weight], [call.ty.fields[0], image])
     kernel = k.kernel(
         norm.add_rms_norm,
         tokens=tokens_of(k, x),

@@ -18,6 +18,7 @@ from shardwright.compiler.kernels import (
     quantized,
 )
 from shardwright.compiler.lowering.common import GEMV_MAX_BATCH, Kernels, packing_of, tokens_of
+from shardwright.compiler.lowering.images import fits_q4_gemm, is_image
 from shardwright.compiler.packing import Packing
 from shardwright.compiler.rules import shape_of
 
@@ -51,12 +52,12 @@ def lower_q4_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> rel
     few = _matrix_vector(k, call, [x, packed, scale])
     if few is not None:
         return few
-    if k.wgmma and _fits_q4_gemm(shapes, group, x):
-        n = shape_of(x)[0]
-        padded = relax.TensorType([q4_gemm.image_rows(n), cols], "float16")
-        image = k.bb.emit(relax.call_tir(k.kernel(q4_gemm.q4_gemm_image), [x], padded))
+    if shapes["out_dtype"] == "float16" and fits_q4_gemm(k, x, packed, scale):
+        if not is_image(x, shape_of(call)[0]):
+            image = relax.TensorType([q4_gemm.image_rows(shape_of(x)[0]), cols], "float16")
+            x = k.bb.emit(relax.call_tir(k.kernel(q4_gemm.q4_gemm_image), [x], image))
         kernel = k.kernel(q4_gemm.q4_gemm, group=group)
-        return relax.call_tir(kernel, [image, packed, scale], call.ty)
+        return relax.call_tir(kernel, [x, packed, scale], call.ty)
     kernel = k.kernel(
         matmul.q4_dequantize,
         out_features=shapes["out_features"],
@@ -104,6 +105,9 @@ def lower_gated_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> 
         relax.call_dps_packed(f"shardwright.{name}", relax.Tuple(args), out_ty=whole)
     )
     y = k.bb.emit(lowering(k, product, args))
+    if k.image:
+        image = relax.TensorType([q4_gemm.image_rows(n), half], "float16")
+        return relax.call_tir(k.kernel(q4_gemm.silu_mul_image, features=half), [y], image)
     if k.target != "cpu":
         kernel = k.kernel(
             activation.silu_mul, tokens=tokens_of(k, y), features=half, dtype=str(call.ty.dtype)
@@ -196,12 +200,6 @@ def _padded(k: Kernels, args: list[relax.Expr]) -> list[relax.Expr]:
     x, packed, scale = args
     missing = shape_of(packed)[1] * 8 - shape_of(x)[1]
     return [k.bb.emit(relax.op.nn.pad(x, [0, 0, 0, missing])) if missing else x, packed, scale]
-
-
-def _fits_q4_gemm(shapes: dict[str, Any], group: int, x: relax.Expr) -> bool:
-    whole = shapes["in_features"] % q4_gemm.COLUMNS == 0 and shapes["out_features"] % 8 == 0
-    dtypes = {str(x.ty.dtype), shapes["out_dtype"]}
-    return whole and group % 32 == 0 and dtypes == {"float16"}
 
 
 def _shapes(k: Kernels, call: relax.Call, x: relax.Expr, weight: relax.Expr) -> dict[str, Any]:
