@@ -286,6 +286,7 @@ REFERENCES: dict[str, Reference] = {
     "matmul_rocm": matmul,
     "gemv": matmul,
     "q4_gemv": matmul,
+    "q4_batch": matmul,
     "quantized_gemv": matmul,
     "quantized_matmul_cpu": matmul,
     "q4_dequantize": dequantize,

@@ -26,10 +26,15 @@ GEMV: dict[str, tuple[Any, Any, Any]] = {  # (out, in), batches, kinds
     "8b": (
         [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)], (1, 2, 8, 16), (FP16, Q4)
     ),
+    "8b, more rows": (
+        [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)], (32, 64), (Q4,)
+    ),
     "vocabulary": ([(128256, 4096)], (1, 8), (FP16,)),
     "70b": ([(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)], (1, 8), (FP16, Q4)),
     "8b on 4": ([(1536, 4096), (4096, 1024), (7168, 4096), (4096, 3584)], (1, 8), (FP16,)),
-    "70b on 4": ([(2560, 8192), (8192, 2048), (14336, 8192), (8192, 7168)], (1, 8, 16), (Q4,)),
+    "70b on 4": (
+        [(2560, 8192), (8192, 2048), (14336, 8192), (8192, 7168)], (1, 8, 16, 32, 64), (Q4,)
+    ),
     "70b on 8": ([(1280, 8192), (8192, 1024), (8192, 3584)], (1,), (Q4,)),
     "odd": ([(1283, 96), (7, 11008), (1000, 5504)], (1, 3, 16), (FP16, Q4)),
     "odd, not whole groups": ([(130, 1048)], (1, 5), (FP16,)),
@@ -40,8 +45,17 @@ GATED = [  # gate and value above each other: (out, in), batch
     ((14336, 8192), 16),
     ((1286, 96), 3),
     ((1286, 192), 16),
+    ((28672, 4096), 64),
+    ((14336, 8192), 64),
+    ((1296, 512), 21),
 ]
-GROUPS = [((4096, 4096), 64, 1), ((4096, 4096), 128, 8), ((1001, 1472), 64, 16)]
+GROUPS = [
+    ((4096, 4096), 64, 1),
+    ((4096, 4096), 128, 8),
+    ((1001, 1472), 64, 16),
+    ((1000, 1536), 64, 50),
+    ((4096, 4096), 128, 33),
+]
 Q4_GEMM = [  # tokens, out, in, group
     (2048, 28672, 4096, 32),
     (2048, 57344, 8192, 32),
@@ -168,7 +182,7 @@ def tuning(case: dict[str, Any]) -> list[dict[str, Any]]:
 
 def product_kernel(case: dict[str, Any]) -> Any:
     """The kernel that the compiler would take, or another that `case` asks for; None if none is."""
-    from shardwright.compiler.kernels import gemv, gemv_mma
+    from shardwright.compiler.kernels import gemv, gemv_mma, q4_batch
 
     sizes = dict(batch=case["batch"], out_features=case["n"], in_features=case["k"])
     group = case.get("group", 32) if case["kind"] == Q4 else 0
@@ -183,6 +197,11 @@ def product_kernel(case: dict[str, Any]) -> Any:
     if plan is not None:
         case["used"] = list(dataclasses.astuple(plan))
         return gemv_mma.gemv_mma(**sizes, out_dtype="float16", group=group, gated=gated, tuned=plan)
+    several = None if case.get("plain") else q4_batch.plan(product)
+    if several is not None:
+        case["used"] = list(dataclasses.astuple(several))
+        sizes |= dict(out_dtype="float16", group=group, gated=gated)
+        return q4_batch.q4_batch(**sizes, tuned=several)
     case["used"] = "plain"
     if group:
         return gemv.q4_gemv(**sizes, out_dtype="float16", group=group, gated=gated)

@@ -1,6 +1,7 @@
 """Per-kernel times of a decode step, from a trace of the replayed graph on rank 0's GPU.
 
-    python scripts/profile_decode.py dist/NAME [--context 256] [--steps 64] [--bandwidth 4.24]
+    python scripts/profile_decode.py dist/NAME [--context 256] [--steps 64] [--batch 1]
+        [--bandwidth 4.24]
     python scripts/profile_decode.py dist/NAME --prompt 2048      of a prefill instead
 
 Needs torch, whose profiler reads CUDA's activity records (CUPTI). Times of a kernel are from its
@@ -34,10 +35,13 @@ class Event(NamedTuple):
     elapsed: float
 
 
-def record(path: str, context: int, steps: int, prompts: int) -> tuple[list[Event], list[Event]]:
+def record(
+    path: str, context: int, steps: int, batch: int, prompts: int
+) -> tuple[list[Event], list[Event]]:
     """Kernels, and the host's calls of CUDA, in order.
 
-    Of `steps` steps after a prompt of `context` tokens, or of `prompts` such prompts instead.
+    Of `steps` steps of `batch` rows, each after a prompt of `context` tokens, or of `prompts` such
+    prompts instead.
     """
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -50,10 +54,10 @@ def record(path: str, context: int, steps: int, prompts: int) -> tuple[list[Even
     with Session(path) as session:
         vocab = session.manifest.model.vocab_size
         # Different ones, because a prompt's beginning that is in the cache is not computed again.
-        drawn = np.random.default_rng(0).integers(3, vocab, (prompts + 1, context)).tolist()
-        prompt, *others = drawn
+        drawn = np.random.default_rng(0).integers(3, vocab, (batch + prompts, context)).tolist()
+        rows, others = drawn[:batch], drawn[batch:]
         warm = SamplingParams(max_new_tokens=4, eos=())
-        for _ in session.generate([prompt[::-1]], warm):
+        for _ in session.generate([row[::-1] for row in rows], warm):
             pass
         one = SamplingParams(max_new_tokens=1, eos=())
         if prompts:
@@ -62,7 +66,7 @@ def record(path: str, context: int, steps: int, prompts: int) -> tuple[list[Even
                     list(session.generate([other], one))
         else:
             several = SamplingParams(max_new_tokens=steps + 32, eos=())
-            generation = session.generate([prompt], several)
+            generation = session.generate(rows, several)
             for _ in range(16):  # past the prefill, and with several steps in flight
                 next(generation)
             with profile(activities=activities) as trace:
@@ -180,11 +184,14 @@ def host_lines(calls: list[Event], count: int) -> list[str]:
 @click.argument("artefact")
 @click.option("--context", default=256, show_default=True, help="Tokens in the cache at the start.")
 @click.option("--steps", default=64, show_default=True, help="Steps to record.")
+@click.option("--batch", default=1, show_default=True, help="Rows.")
 @click.option("--prompt", default=0, help="Record prefills of so many tokens instead of steps.")
 @click.option("--bandwidth", default=4.24, show_default=True, help="Of a copy, in TB/s.")
-def main(artefact: str, context: int, steps: int, prompt: int, bandwidth: float) -> None:
+def main(
+    artefact: str, context: int, steps: int, batch: int, prompt: int, bandwidth: float
+) -> None:
     """Print kernels by their time in a step, or in a prefill."""
-    recorded, calls = record(artefact, prompt or context, steps, 4 if prompt else 0)
+    recorded, calls = record(artefact, prompt or context, steps, batch, 4 if prompt else 0)
     events = [e for e in recorded if not e.name.startswith("Mem")]
     # A step ends with its sampler; the first and the last may be cut off.
     ends = [i for i, e in enumerate(events) if "sample_kernel" in e.name]
@@ -192,11 +199,12 @@ def main(artefact: str, context: int, steps: int, prompt: int, bandwidth: float)
     count = len(ends) - 1
     manifest = load_manifest(artefact)
     functions = manifest.functions
-    decode = functions.get("decode_1_peer", functions["decode_1"])
+    bucket = min(b for b in manifest.decode_buckets if b >= batch)
+    decode = functions.get(f"decode_{bucket}_peer", functions[f"decode_{bucket}"])
     kernels = {} if prompt else decode.kernels
-    cached = 0.0 if prompt else cache_bytes(manifest, context + 16 + steps / 2)
+    cached = 0.0 if prompt else batch * cache_bytes(manifest, context + 16 + steps / 2)
     table = kernel_table(inside, count, kernels, cached, bandwidth)
-    what = f"prefills of {prompt} tokens" if prompt else "decode steps"
+    what = f"prefills of {prompt} tokens" if prompt else f"decode steps of {batch} rows"
     table.title = f"{manifest.name}: {what}, {table.title}"
     Console(width=140).print(table)
     first, last = inside[0].start, inside[-1].start

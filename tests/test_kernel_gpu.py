@@ -19,6 +19,7 @@ from shardwright.compiler.kernels import (
     gemv_mma,
     matmul,
     norm,
+    q4_batch,
     rotary,
     sampling,
 )
@@ -207,6 +208,54 @@ def test_tensor_core_products(group, gated):
     text = source(func)
     assert "mma.sync" in text and "griddepcontrol.wait" in text
     assert f"out: T.Buffer((9, {643 if gated else 1286})" in func.script()
+
+
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("gated", [False, True])
+def test_plans_of_several_tokens_cover_the_product_and_fit(group, gated):
+    sizes = itertools.product((16, 1296, 4096, 6144, 28672, 128256), (256, 2048, 14336), (17, 64))
+    for out_features, in_features, batch in sizes:
+        product = gemv_mma.Product(batch, out_features, in_features, group, gated)
+        p = q4_batch.plan(product)
+        assert q4_batch.shared_bytes(product, p) <= gemv_mma.SHARED_BYTES_CLUSTERS
+        rows = q4_batch.blocks(product, p) // p.cluster * p.teams * p.tiles * 64
+        assert rows >= out_features and p.threads <= 1024
+        assert p.stages % 2 == 0 and p.stages >= 2 * p.split and p.depth >= 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "out_features", "in_features", "group"),
+    [
+        (65, 64, 4096, 32),
+        (64, 64, 128, 32),
+        (64, 60, 4096, 32),
+        (64, 64, 4096, 256),
+        (64, 64, 256, 0),
+    ],
+)
+def test_products_of_several_tokens_that_are_not_taken(batch, out_features, in_features, group):
+    assert q4_batch.plan(gemv_mma.Product(batch, out_features, in_features, group)) is None
+
+
+def test_products_of_several_tokens():
+    product = gemv_mma.Product(33, 1296, 512, 64, True)
+    func = q4_batch.q4_batch(
+        batch=33, out_features=1296, in_features=512, group=64, gated=True, out_dtype="float16",
+        tuned=q4_batch.plan(product),
+    )  # fmt: skip
+    text = source(func)
+    assert "wgmma" in text and "griddepcontrol.wait" in text
+    assert "out: T.Buffer((33, 648)" in func.script()
+
+
+@pytest.mark.parametrize(("batch", "columns"), [(17, 256), (64, 512), (17, 384)])
+def test_several_tokens_are_for_hoppers_tensor_cores(batch, columns):
+    mod, target = four_bit_product(batch, columns), cuda_target(("sm_90a",))
+    with target:
+        mod = lower_abstract(mod, target)
+    names = {gv.name_hint for gv, f in mod.functions_items() if not isinstance(f, relax.Function)}
+    whole = {"q4_batch_kernel"}
+    assert names == (whole if columns != 384 else {"q4_gemm_kernel", "q4_gemm_image_kernel"})
 
 
 @pytest.mark.parametrize(("batch", "kernel"), [(1, "mma"), (16, "mma"), (17, None)])

@@ -14,6 +14,7 @@ from shardwright.compiler.kernels import (
     gemv_rocm,
     matmul,
     matmul_rocm,
+    q4_batch,
     q4_gemm,
     quantized,
 )
@@ -150,9 +151,14 @@ def _matrix_vector(
         return None
     if k.target == "cuda":
         sizes = {name: size for name, size in shapes.items() if name != "out_dtype"}
-        tuned = gemv_mma.plan(gemv_mma.Product(batch=batch, **sizes), clusters=k.clusters)
+        product = gemv_mma.Product(batch=batch, **sizes)
+        tuned = gemv_mma.plan(product, clusters=k.clusters)
         if tuned is not None:
             kernel = k.kernel(gemv_mma.gemv_mma, batch=batch, **shapes, tuned=tuned)
+            return relax.call_tir(kernel, args, call.ty)
+        several = q4_batch.plan(product) if k.wgmma else None
+        if several is not None:
+            kernel = k.kernel(q4_batch.q4_batch, batch=batch, **shapes, tuned=several)
             return relax.call_tir(kernel, args, call.ty)
     if batch > GEMV_MAX_BATCH:
         return None
