@@ -225,7 +225,8 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (mlp, hidden),
         "mlp.down_proj": (hidden, mlp),
     }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, hidden)}
+    vocab = config["vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
         for name, shape in linear.items():
@@ -236,7 +237,7 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes[f"{layer}post_attention_layernorm.weight"] = (hidden,)
     shapes["model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (VOCAB, hidden)
+        shapes["lm_head.weight"] = (vocab, hidden)
     return shapes
 
 
