@@ -13,23 +13,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
-Note = dict[str, Any]
-Pairs = list[tuple[Array, Array]]
+from shardwright.runtime import expert_references as experts
+from shardwright.runtime.reference_values import Array, Note, Pairs, silu, wide
+from shardwright.runtime.reference_values import weight as weight_of
+
 Reference = Callable[[list[Any], list[Any], Note], Pairs]
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(np.float64)
-
-
-def _silu(x: Array) -> Array:
-    found: Array = x / (1 + np.exp(-x))
-    return found
 
 
 def rotary_table(before: list[Any], after: list[Any], note: Note) -> Pairs:
@@ -48,7 +38,7 @@ def rotary_table(before: list[Any], after: list[Any], note: Note) -> Pairs:
         step = np.arange(half) * (-2.0 / max(2 * half - 2, 1))
         scaled = (frequencies * ratio[:, None] ** step).astype(np.float32)
         frequencies = np.where((lengths > limit)[:, None], scaled, frequencies)
-    angles = _wide(positions[:, None].astype(np.float32) * frequencies)
+    angles = wide(positions[:, None].astype(np.float32) * frequencies)
     wanted = np.stack([np.cos(angles), np.sin(angles)], 1) * note["scale"]
     return [(after[-1][active], wanted[active])]
 
@@ -64,13 +54,13 @@ def rotary_append(before: list[Any], after: list[Any], note: Note) -> Pairs:
     else:
         q, k, v = before[:3]
     half = (note.get("rotary") or dim) // 2
-    cos, sin = _wide(table[:, 0, None]), _wide(table[:, 1, None])
+    cos, sin = wide(table[:, 0, None]), wide(table[:, 1, None])
 
     def turn(x: Array) -> Array:
-        a, b, rest = _wide(x[..., :half]), _wide(x[..., half : 2 * half]), _wide(x[..., 2 * half :])
+        a, b, rest = wide(x[..., :half]), wide(x[..., half : 2 * half]), wide(x[..., 2 * half :])
         return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
-    keys, values = _wide(k_pages[layer]), _wide(v_pages[layer])
+    keys, values = wide(k_pages[layer]), wide(v_pages[layer])
     turned, size = turn(k), k_pages.shape[3]
     for t, (row, position) in enumerate(zip(rows, positions, strict=True)):
         if position >= 0:
@@ -81,7 +71,7 @@ def rotary_append(before: list[Any], after: list[Any], note: Note) -> Pairs:
 
 def _attend(before: list[Any], note: Note) -> Array:
     q, k_pages, v_pages, page_table, rows, positions, *more = before[:8]
-    sinks, layer = (_wide(more[0]), more[1]) if note.get("sinks") else (None, more[0])
+    sinks, layer = (wide(more[0]), more[1]) if note.get("sinks") else (None, more[0])
     out = np.zeros(q.shape)
     page_size = k_pages.shape[3]
     group = q.shape[1] // k_pages.shape[2]
@@ -91,9 +81,9 @@ def _attend(before: list[Any], note: Note) -> Array:
         if position < 0:
             continue
         pages, slots = page_table[row, places // page_size], places % page_size
-        keys = np.repeat(_wide(k_pages[layer, pages, :, slots]), group, axis=1)
-        values = np.repeat(_wide(v_pages[layer, pages, :, slots]), group, axis=1)
-        scores = np.einsum("hd,phd->hp", _wide(q[t]), keys) * note["scale"]
+        keys = np.repeat(wide(k_pages[layer, pages, :, slots]), group, axis=1)
+        values = np.repeat(wide(v_pages[layer, pages, :, slots]), group, axis=1)
+        scores = np.einsum("hd,phd->hp", wide(q[t]), keys) * note["scale"]
         if note.get("softcap"):
             scores = np.tanh(scores / note["softcap"]) * note["softcap"]
         weights = np.exp(scores - scores.max(1, keepdims=True))
@@ -126,14 +116,14 @@ def decode_attention(before: list[Any], after: list[Any], note: Note) -> Pairs:
 
 
 def _join(sums: Array, stats: Array, sinks: Array | None = None) -> Array:
-    highest, mass = _wide(stats[..., 0]), _wide(stats[..., 1])
+    highest, mass = wide(stats[..., 0]), wide(stats[..., 1])
     share = np.exp2(highest - highest.max(0))
     total = (share * mass).sum(0)
     if sinks is not None:
-        sink = np.exp2(_wide(sinks) / np.log(2) - highest.max(0))
+        sink = np.exp2(wide(sinks) / np.log(2) - highest.max(0))
         total = np.where(total == 0, 0, total + sink)
     # The sums of pieces without mass are not written.
-    parts = np.where(mass[..., None] > 0, _wide(sums), 0) * share[..., None]
+    parts = np.where(mass[..., None] > 0, wide(sums), 0) * share[..., None]
     joined: Array = parts.sum(0) / np.where(total == 0, 1, total)[..., None]
     return joined
 
@@ -166,51 +156,33 @@ def sample(before: list[Any], after: list[Any], note: Note) -> Pairs:
     return [(got[greedy], want[greedy]) for got, want in zip(after[2:5], wanted, strict=True)]
 
 
-def _weight(operands: list[Array], note: Note) -> Array:
-    """The weight that words, scales and maybe zero points stand for."""
-    words, scale, *zero = operands
-    packing = note.get("packing", {"bits": 4, "offset": 7, "code": "int"})
-    bits = packing["bits"]
-    shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
-    codes = ((words[..., None] >> shifts) & np.uint32((1 << bits) - 1)).reshape(len(words), -1)
-    if packing["code"] == "e4m3":
-        values = _wide(codes.astype(np.uint8).view(ml_dtypes.float8_e4m3fn))
-    else:
-        values = codes.astype(np.float64) - packing["offset"]
-    group = values.shape[1] // scale.shape[1]
-    if zero:
-        values -= np.repeat(_wide(zero[0]), group, axis=1)
-    weight: Array = values * np.repeat(_wide(scale), group, axis=1)
-    return weight
-
-
 def matmul(before: list[Any], after: list[Any], note: Note) -> Pairs:
     """`(x [n,K], weight [N,K] in one or more tensors) -> y [n,N]`, gated where noted."""
     x, *operands = before[:-1]
-    weight = _wide(operands[0]) if len(operands) == 1 else _weight(operands, note)
-    y = _wide(x)[:, : weight.shape[1]] @ weight.T
+    weight = wide(operands[0]) if len(operands) == 1 else weight_of(operands, note)
+    y = wide(x)[:, : weight.shape[1]] @ weight.T
     if note.get("gated"):
         half = y.shape[1] // 2
-        y = _silu(y[:, :half]) * y[:, half:]
+        y = silu(y[:, :half]) * y[:, half:]
     return [(after[-1], y)]
 
 
 def dequantize(before: list[Any], after: list[Any], note: Note) -> Pairs:
     """`(words, scale[, zero]) -> weight [N,K]`."""
-    return [(after[-1], _weight(before[:-1], note))]
+    return [(after[-1], weight_of(before[:-1], note))]
 
 
 def quantized_take(before: list[Any], after: list[Any], note: Note) -> Pairs:
     """`(words, scale[, zero], ids, rank) -> rows`, zeros for those of other ranks."""
     *operands, ids, rank, _ = before
-    weight = _weight(operands, note)
+    weight = weight_of(operands, note)
     return [(after[-1], _rows(weight, ids, rank))]
 
 
 def _rows(table: Array, ids: Array, rank: Array) -> Array:
     at = ids.astype(np.int64) - int(rank[0]) * len(table)
     inside = (at >= 0) & (at < len(table))
-    found: Array = np.where(inside[:, None], _wide(table[np.where(inside, at, 0)]), 0)
+    found: Array = np.where(inside[:, None], wide(table[np.where(inside, at, 0)]), 0)
     return found
 
 
@@ -222,37 +194,37 @@ def embed(before: list[Any], after: list[Any], note: Note) -> Pairs:
 def add_rms_norm(before: list[Any], after: list[Any], note: Note) -> Pairs:
     """`(x, y, weight) -> (sum, normed)`; the norm is that of the sum as it was rounded."""
     x, y, weight = before[:3]
-    total = _wide(after[3])
+    total = wide(after[3])
     scale = 1 / np.sqrt((total**2).mean(1, keepdims=True) + note["eps"])
-    return [(after[3], _wide(x) + _wide(y)), (after[4], total * scale * _wide(weight))]
+    return [(after[3], wide(x) + wide(y)), (after[4], total * scale * wide(weight))]
 
 
 def rms_norm(before: list[Any], after: list[Any], note: Note) -> Pairs:
     """`(x, weight) -> normed`."""
-    x = _wide(before[0])
+    x = wide(before[0])
     scale = 1 / np.sqrt((x**2).mean(-1, keepdims=True) + note["eps"])
-    return [(after[-1], x * scale * _wide(before[1]))]
+    return [(after[-1], x * scale * wide(before[1]))]
 
 
 def add(before: list[Any], after: list[Any], note: Note) -> Pairs:
     """`(x, y) -> x + y`; of one operand, some constant is added."""
     x, *rest, _ = before
     if rest:
-        return [(after[-1], _wide(x) + _wide(rest[0]))]
-    shift = _wide(after[-1]) - _wide(x)
+        return [(after[-1], wide(x) + wide(rest[0]))]
+    shift = wide(after[-1]) - wide(x)
     return [(shift, np.full_like(shift, shift.flat[0]))]
 
 
 def maximum(before: list[Any], after: list[Any], note: Note) -> Pairs:
     """`x -> max(x, c)` for some constant."""
-    return [(after[-1], np.maximum(_wide(before[0]), float(after[-1].min())))]
+    return [(after[-1], np.maximum(wide(before[0]), float(after[-1].min())))]
 
 
 def gate(before: list[Any], after: list[Any], note: Note) -> Pairs:
     """`y [n,2F] -> silu(y[:, :F]) * y[:, F:]`, rounded on the way or not."""
-    y = _wide(before[0])
+    y = wide(before[0])
     half = y.shape[1] // 2
-    return [(after[-1], _silu(y[:, :half]) * y[:, half:])]
+    return [(after[-1], silu(y[:, :half]) * y[:, half:])]
 
 
 def move(before: list[Any], after: list[Any], note: Note) -> Pairs:
@@ -264,6 +236,12 @@ def move(before: list[Any], after: list[Any], note: Note) -> Pairs:
     fitting = [y for y in moved if y.shape == out.shape]
     equal = [y for y in fitting if np.array_equal(y, out)]
     return [(out, (equal or fitting)[0])]
+
+
+def take_columns(before: list[Any], after: list[Any], note: Note) -> Pairs:
+    """`(x, index) -> x[:, index]`, zeros where the index is -1."""
+    x, index = before[:2]
+    return [(after[-1], np.where(index >= 0, wide(x)[:, np.maximum(index, 0)], 0))]
 
 
 def take(before: list[Any], after: list[Any], note: Note) -> Pairs:
@@ -285,6 +263,7 @@ REFERENCES: dict[str, Reference] = {
     "matmul_cpu": matmul,
     "matmul_rocm": matmul,
     "gemv": matmul,
+    "gemv_mma": matmul,
     "q4_gemv": matmul,
     "q4_batch": matmul,
     "quantized_gemv": matmul,
@@ -297,6 +276,13 @@ REFERENCES: dict[str, Reference] = {
     "silu_mul": gate,
     "embed": embed,
     "take": take,
+    "take_columns": take_columns,
+    "route": experts.route,
+    "experts_up": experts.experts_up,
+    "experts_down": experts.experts_down,
+    "expert_order": experts.expert_order,
+    "experts_grouped": experts.experts_grouped,
+    "experts_sum": experts.experts_sum,
     "rms_norm": rms_norm,
     "add": add,
     "maximum": maximum,

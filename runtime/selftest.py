@@ -17,7 +17,8 @@ import numpy as np
 
 from shardwright.runtime.artifact import SELFTEST, Manifest
 from shardwright.runtime.collectives import Collectives
-from shardwright.runtime.references import Array, reference_of
+from shardwright.runtime.reference_values import Array
+from shardwright.runtime.references import reference_of
 from shardwright.runtime.sampling import SamplingParams
 from shardwright.runtime.session import Session
 

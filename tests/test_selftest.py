@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quantized_models
 import tvm
 
 from shardwright import cli
 from shardwright.compiler.build import build
 from shardwright.compiler.kernels import attention, rotary
 from shardwright.compiler.options import BuildOptions
+from shardwright.runtime import expert_references as experts
 from shardwright.runtime import references
 from shardwright.runtime.selftest import _compare
 
@@ -140,3 +142,61 @@ def test_the_reference_of_decode_attention_is_its_two_parts(append: str) -> None
     assert references.reference_of("decode_attention_kernel3") is references.decode_attention
     attended[1, 2, 3] += 0.1
     assert not _compare("x", references.decode_attention(before, after, note)).passed
+
+
+def test_kernels_of_experts_have_references(tmp_path, capsys) -> None:
+    quantized_models.write(tmp_path / "checkpoint", "mixtral-awq")
+    options = {"num_shards": 2, "max_batch_size": 2, "max_seq_len": 64}
+    build(BuildOptions(str(tmp_path / "checkpoint"), tmp_path / "dist", **options))
+    assert cli.run(["selftest", str(tmp_path / "dist")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    results = {line.split()[0]: line.split()[-1] for line in lines if line.strip()}
+    for kernel in ("route", "experts_up", "experts_down"):
+        assert results[f"{kernel}_kernel"] == "ok"
+
+
+def test_references_of_grouped_experts_agree_with_the_others() -> None:
+    """GPUs take many tokens by expert, in four kernels; the result is that of the two for few."""
+    rng = np.random.default_rng(0)
+    n, top, count, inner, mlp = 6, 2, 3, 8, 5
+    note = dict(top=top, experts=count, packing=None, biased=True, alpha=1.5, limit=2.0)
+    ids = np.stack([rng.permutation(2 * count)[:top] for _ in range(n)]).astype("int32")
+    rank, factors = np.array([1], "int32"), rng.random((n, top)).astype("float32")
+    x = rng.standard_normal((n, inner))
+    gate, up = rng.standard_normal((2, count * mlp, inner))
+    down = rng.standard_normal((count * inner, mlp))
+    gate_bias, up_bias = rng.standard_normal((2, count * mlp, 1))
+    bias = rng.standard_normal((count * inner, 1))
+    local = ids.reshape(-1) - count
+    used = (local >= 0) & (local < count)
+
+    few = [x, *[gate] * 3, *[up] * 3, gate_bias, up_bias, ids, rank]
+    h = np.full((n * top, mlp), np.nan)
+    for slot in np.flatnonzero(used):
+        e = slice(local[slot] * mlp, (local[slot] + 1) * mlp)
+        g = np.minimum(gate[e] @ x[slot // top] + gate_bias[e, 0], 2.0)
+        u = np.clip(up[e] @ x[slot // top] + up_bias[e, 0], -2.0, 2.0)
+        h[slot] = g / (1 + np.exp(-1.5 * g)) * (u + 1)
+    note["rows"] = mlp
+    assert _compare("up", experts.experts_up(few, [*few, h], note)).passed
+    order, begin = (pair[1] for pair in experts.expert_order(
+        [ids, rank], [ids, rank, np.zeros(n * top), np.zeros(count + 1)], note))  # fmt: skip
+    assert sorted(order) == list(np.flatnonzero(used)) and begin[-1] == used.sum()
+    many = [x, *[gate] * 3, *[up] * 3, gate_bias, up_bias, order, begin]
+    found = experts.experts_grouped(many, [*many, h], note | {"gated": True})
+    assert len(found) == len(set(local[used])) and all(_compare("h", [p]).passed for p in found)
+
+    note["rows"] = inner
+    y = np.full((n * top, inner), np.nan)
+    many = [h, *[down] * 6, rank, rank, order, begin]
+    for got, want in experts.experts_grouped(
+        many, [*many, y], note | {"gated": False, "biased": False}
+    ):
+        assert got.shape == want.shape
+    for slot in np.flatnonzero(used):
+        y[slot] = down[local[slot] * inner : (local[slot] + 1) * inner] @ h[slot]
+    whole = [h, *[down] * 3, bias, ids, factors, rank]
+    (pair,) = experts.experts_down(whole, [*whole, np.zeros((n, inner))], note)
+    last = [y, bias, ids, factors, rank]
+    assert _compare("sum", experts.experts_sum(last, [*last, pair[1]], note)).passed
+    assert not _compare("sum", experts.experts_sum(last, [*last, pair[1] + 0.1], note)).passed
