@@ -81,6 +81,28 @@ def unpack(words: Array, bits: int) -> Array:
     return codes
 
 
+def columns(matrix: Array, index: Array) -> Array:
+    """Columns `index` int64 of `matrix` `[k, n]` as rows `[len(index), k]`, in C order."""
+    same_size = np.dtype(f"u{matrix.itemsize}")
+    out = np.empty((len(index), len(matrix)), matrix.dtype)
+    if out.size:
+        _kernel(_columns, str(same_size))(
+            np.ascontiguousarray(matrix).view(same_size), index, out.view(same_size)
+        )
+    return out
+
+
+def nibbles(words: Array, index: Array, shift: Array) -> Array:
+    """Codes uint8 `[m, k]`: four bits of rows `index` int64 `[m]` of 32-bit words `[n, k]`.
+
+    The lowest is bit `shift` uint32 `[m]`, of each row its own.
+    """
+    out = np.empty((len(index), words.shape[1]), np.uint8)
+    if out.size:
+        _kernel(_nibbles)(np.ascontiguousarray(words).view(np.uint32), index, shift, out)
+    return out
+
+
 def _bits(values: Array) -> tuple[Array, str]:
     """`values` in C order, bfloat16 as uint16, which DLPack of numpy has not; and its dtype."""
     values = np.ascontiguousarray(values)
@@ -305,5 +327,48 @@ def _unpack3() -> tirx.PrimFunc:
                 for i in T.unroll(10):
                     code: T.let[T.uint32] = T.shift_right(words[r, c], T.cast(3 * i, "uint32"))
                     codes[r, c * 10 + i] = T.cast(T.bitwise_and(code, T.uint32(7)), "uint8")
+
+    return kernel
+
+
+_TILE = 16  # rows and columns at a time, so that both sides stay in the nearest cache
+
+
+def _columns(dtype: str) -> tirx.PrimFunc:
+    """`(matrix [k, n], index [m], out [m, k])`."""
+
+    @T.prim_func(s_tir=True)
+    def kernel(matrix_h: T.handle, index_h: T.handle, out_h: T.handle):
+        T.func_attr({"tirx.noalias": True})
+        k, n, m = T.int64(), T.int64(), T.int64()
+        matrix = T.match_buffer(matrix_h, (k, n), dtype, align=ALIGN)
+        index = T.match_buffer(index_h, (m,), "int64", align=ALIGN)
+        out = T.match_buffer(out_h, (m, k), dtype, align=ALIGN)
+        for j0 in T.serial(T.ceildiv(m, _TILE)):
+            for i0 in T.serial(T.ceildiv(k, _TILE)):
+                for j in T.serial(T.min(_TILE, m - j0 * _TILE)):
+                    for i in T.serial(T.min(_TILE, k - i0 * _TILE)):
+                        out[j0 * _TILE + j, i0 * _TILE + i] = matrix[
+                            i0 * _TILE + i, index[j0 * _TILE + j]
+                        ]
+
+    return kernel
+
+
+def _nibbles() -> tirx.PrimFunc:
+    """`(words [n, k], index [m], shift [m], out [m, k])`."""
+
+    @T.prim_func(s_tir=True)
+    def kernel(words_h: T.handle, index_h: T.handle, shift_h: T.handle, out_h: T.handle):
+        T.func_attr({"tirx.noalias": True})
+        n, k, m = T.int64(), T.int64(), T.int64()
+        words = T.match_buffer(words_h, (n, k), "uint32", align=ALIGN)
+        index = T.match_buffer(index_h, (m,), "int64", align=ALIGN)
+        shift = T.match_buffer(shift_h, (m,), "uint32", align=ALIGN)
+        out = T.match_buffer(out_h, (m, k), "uint8", align=ALIGN)
+        for j in T.serial(m):
+            for i in T.serial(k):
+                code: T.let[T.uint32] = T.shift_right(words[index[j], i], shift[j])
+                out[j, i] = T.cast(T.bitwise_and(code, T.uint32(15)), "uint8")
 
     return kernel

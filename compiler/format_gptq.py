@@ -18,6 +18,7 @@ import numpy as np
 
 from shardwright.compiler.checkpoint import Checkpoint
 from shardwright.compiler.columns import Index
+from shardwright.compiler.conversion import columns, nibbles
 from shardwright.compiler.formats import Format, as_zero, flip, is_head
 from shardwright.compiler.packing import Packing, unpack
 from shardwright.compiler.slicing import Array, Parts, Reader
@@ -152,10 +153,10 @@ class _KMajor:
     def read(self, index: Index) -> Parts:
         """See `Reader`."""
         rows = np.maximum(index, 0)
-        codes, scale = self._codes(rows), self._scales[:, rows].T
+        codes, scale = self._codes(rows), columns(self._scales, rows)
         zeros = self._zeros  # read in any case: they are checked
         if self._packing.zeros:
-            return codes, scale, as_zero(zeros[:, rows].T)
+            return codes, scale, as_zero(columns(zeros, rows))
         if self._packing.bits == 4:
             return flip(codes), -scale
         return codes, scale
@@ -193,10 +194,11 @@ class _GptqReader(_KMajor):
         return zeros
 
     def _codes(self, rows: Index) -> Array:
-        return unpack(np.ascontiguousarray(self._words[:, rows].T), self._packing.bits)
+        return unpack(columns(self._words, rows), self._packing.bits)
 
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_AWQ_SHIFT = np.array([4 * _AWQ_ORDER.index(row) for row in range(8)], np.uint32)
 
 
 class Awq(Format):
@@ -249,12 +251,6 @@ class _AwqReader(_KMajor):
     @staticmethod
     def _unpack(words: Array, rows: Index) -> Array:
         """Codes `[len(rows), K]` of words `[K, N / 8]`."""
-        columns, where = np.unique(rows // 8, return_inverse=True)
-        some = np.ascontiguousarray(words[:, columns].T).view(np.uint8)
-        some = some.reshape(len(columns), len(words), 4)
-        codes = np.empty((len(columns), 8, len(words)), np.uint8)
-        for place, row in enumerate(_AWQ_ORDER):
-            part = some[:, :, place // 2]
-            codes[:, row] = part >> 4 if place % 2 else part & 15
-        found: Array = codes.reshape(-1, len(words))[where * 8 + rows % 8]
-        return found
+        some, where = np.unique(rows // 8, return_inverse=True)
+        codes: Array = nibbles(columns(words, some), where, _AWQ_SHIFT[rows % 8])
+        return codes

@@ -15,6 +15,7 @@ import numpy as np
 
 from shardwright.compiler.checkpoint import Checkpoint, TensorInfo, read_json
 from shardwright.compiler.columns import Index
+from shardwright.compiler.conversion import columns
 from shardwright.compiler.formats import Format
 from shardwright.compiler.packing import Packing, unpack
 from shardwright.compiler.slicing import Array, Parts, Plain, Reader, Rows, read_rows
@@ -187,7 +188,7 @@ class _MlcReader:
         whole = self._whole.get(part)
         if whole is None:
             whole = self._whole[part] = self._checkpoint.read_raw(name)
-        return np.ascontiguousarray(whole[:, np.maximum(index, 0)].T)
+        return columns(whole, np.maximum(index, 0))
 
     def read(self, index: Index) -> Parts:
         """See `Reader`."""

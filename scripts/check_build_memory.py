@@ -1,11 +1,12 @@
 """Show that a build's memory does not grow with the checkpoint, and what conversion costs.
 
 Generates a Llama checkpoint of random bfloat16 numbers, 10 GB unless told otherwise, in a temporary
-directory, runs `shardwright build` on it in a process of its own, and prints that process's peak
-resident memory and time; then the same for `shardwright reshard` of the result. Conversion is what
-takes longer than without weights; beside it stands how long one thread takes that only reads the
-checkpoint and writes as many bytes as the shards have. Exits with 1 if a peak is not below the
-limit. Needs free disk space of twice the checkpoint.
+directory, and writes the weights of `shardwright build` from it, then those of `shardwright
+reshard` from the result, in turns with a loop that only reads the same files and writes as many
+bytes. Prints the seconds of both, `--repeat` times each, and the peak resident memory of a build's
+process. A `warm` turn begins with the files in the page cache; a `cold` one with none of them there
+and ends when all that it wrote is on the disk. Exits with 1 if a peak is not below the limit. Needs
+free disk space of three times the checkpoint.
 
     python scripts/check_build_memory.py [--gigabytes 10] [--num-shards 2] [--dir DIR]
 """
@@ -15,12 +16,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -120,6 +126,8 @@ def main() -> int:
     parser.add_argument("--gigabytes", type=float, default=10.0, help="size of the checkpoint")
     parser.add_argument("--num-shards", type=int, default=2)
     parser.add_argument("--quantization", default="q4f16_1")
+    parser.add_argument("--repeat", type=int, default=3, help="turns of each")
+    parser.add_argument("--state", default="warm,cold", help="warm, cold, or both")
     parser.add_argument("--limit", type=float, default=2.5, help="gigabytes of memory allowed")
     parser.add_argument("--dir", help="where to put the checkpoint, removed afterwards")
     options = parser.parse_args()
@@ -129,52 +137,115 @@ def main() -> int:
         start = time.monotonic()
         written = write_checkpoint(root / "model", int(options.gigabytes * 1e9))
         print(f"checkpoint: {written / 1e9:.2f} GB in {time.monotonic() - start:.0f} s", flush=True)
-        model, out = root / "model", root / "out"
-        options_of_build = [
-            *("--quantization", options.quantization, "--num-shards", str(options.num_shards)),
-            *("--target", "cpu", "--max-seq-len", "2048"),
-        ]
-        build = ["build", "--model", model, *options_of_build, "-o"]
-        compiled, _ = run([*build, root / "empty", "--build-model-only"])
-        seconds, peak = run([*build, out])
+        ranks, more = str(options.num_shards), str(2 * options.num_shards)
+        build = ["build", root / "model", root / "out", options.quantization, ranks]
+        reshard = ["reshard", root / "out", root / "more", "", more]
+        peak = 0
+        for what, command in (
+            (f"build for {ranks} ranks", build),
+            (f"reshard for {more}", reshard),
+        ):
+            for state in options.state.split(","):
+                peak = max(peak, compare(what, command, state, options.repeat))
+    return 0 if peak < options.limit * 1e9 else 1
+
+
+def compare(what: str, command: list[Any], state: str, repeat: int) -> int:
+    """Time converting and plain copying in turns; bytes of the converting process's peak memory."""
+    source, out = Path(command[1]), Path(command[2])
+    sources = sorted(source.rglob("*.safetensors"))
+    converted, plain, peaks = [], [], []
+    for _ in range(repeat):
+        shutil.rmtree(out, ignore_errors=True)
+        prepare(sources, state)
+        seconds, peak = run([*command, state])
+        converted.append(seconds)
+        peaks.append(peak)
         shards = sum(f.stat().st_size for f in (out / "shards").iterdir())
-        print(f"shards: {shards / 1e9:.2f} GB for {options.num_shards} ranks")
-        plain = copy(sorted(model.iterdir()), root / "copy", shards)
-        report("build", seconds, compiled, plain, peak)
-        more = 2 * options.num_shards
-        seconds, peak_again = run(["reshard", out, "--num-shards", str(more), "-o", root / "more"])
-        plain = copy(sorted((out / "shards").iterdir()), root / "copy", shards)
-        report(f"reshard for {more} ranks", seconds, compiled, plain, peak_again)
-    return 0 if max(peak, peak_again) < options.limit * 1e9 else 1
-
-
-def report(what: str, seconds: float, compiled: float, plain: float, peak: int) -> None:
-    converted = max(seconds - compiled, 0)
+        prepare(sources, state)
+        plain.append(copy(sources, out.with_name("copy"), shards, state))
+    read = sum(path.stat().st_size for path in sources)
+    ratios = [a / b for a, b in zip(converted, plain, strict=True)]
     print(
-        f"{what}: {seconds:.0f} s, of which conversion {converted:.1f} s; reading and writing "
-        f"alone {plain:.1f} s ({converted / plain:.1f} x); "
-        f"peak resident memory {peak / 1e9:.2f} GB",
+        f"{what}, {state}: {read / 1e9:.2f} GB read, {shards / 1e9:.2f} GB written; "
+        f"converted in {listed(converted)} s, reading and writing alone {listed(plain)} s, "
+        f"{listed(ratios, 2)} x; peak resident memory {max(peaks) / 1e9:.2f} GB",
         flush=True,
     )
+    return max(peaks)
 
 
-def run(arguments: list[str | Path]) -> tuple[float, int]:
-    """Run the command; seconds, and bytes of its peak resident memory."""
-    code = (
-        "import resource, sys; from shardwright.cli import run; code = run(sys.argv[1:]); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
-    )
-    began = time.monotonic()
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+def listed(values: list[float], digits: int = 1) -> str:
+    """Numbers, with slashes between them."""
+    return " / ".join(f"{value:.{digits}f}" for value in values)
+
+
+def prepare(sources: list[Path], state: str) -> None:
+    """Bring `sources` into memory, or out of it, with nothing left to write."""
+    os.sync()
+    for path in sources:
+        descriptor = os.open(path, os.O_RDONLY)
+        if state == "cold":
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        else:
+            block = bytearray(BLOCK)
+            while os.readv(descriptor, [block]):
+                pass
+        os.close(descriptor)
+
+
+def run(arguments: list[Any]) -> tuple[float, int]:
+    """Convert in a process of its own; seconds, and bytes of its peak resident memory."""
+    command = [sys.executable, __file__, "--convert", *map(str, arguments)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    seconds = time.monotonic() - began
-    unit = 1 if sys.platform == "darwin" else 1024
-    return seconds, int(done.stdout.splitlines()[-1]) * unit
+    seconds, peak = done.stdout.splitlines()[-1].split()
+    return float(seconds), int(peak) * 1024
 
 
-def copy(sources: list[Path], target: Path, written: int) -> float:
+def convert(kind: str, source: str, out: str, quantization: str, ranks: str, state: str) -> None:
+    """Build or reshard, and print the seconds of writing the weights and the peak memory in KiB."""
+    from shardwright.compiler.build import build
+    from shardwright.compiler.options import BuildOptions
+    from shardwright.compiler.reshard import reshard
+
+    timer = WriteTimer(Path(out) if state == "cold" else None)
+    if kind == "build":
+        options = BuildOptions(
+            source, Path(out), quantization, num_shards=int(ranks), max_seq_len=2048
+        )
+        build(options, timer)
+    else:
+        reshard(Path(source), Path(out), int(ranks), timer)
+    print(timer.seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+class WriteTimer:
+    """Times the step that writes the weights; with `out`, until its files are on the disk."""
+
+    def __init__(self, out: Path | None) -> None:
+        self.out, self.seconds = out, 0.0
+
+    @contextmanager
+    def step(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """See `Progress` of the compiler."""
+        began = time.monotonic()
+        yield lambda amount: None
+        if name == "Write weights":
+            for path in (self.out / "shards").iterdir() if self.out else ():
+                flush(path)
+            self.seconds = time.monotonic() - began
+
+
+def flush(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def copy(sources: list[Path], target: Path, written: int, state: str) -> float:
     """Seconds to read all of `sources`, and to write `written` bytes."""
-    block = bytearray(1 << 24)
+    block = bytearray(BLOCK)
     began = time.monotonic()
     for path in sources:
         with open(path, "rb", buffering=0) as file:
@@ -183,10 +254,15 @@ def copy(sources: list[Path], target: Path, written: int) -> float:
     with open(target, "wb", buffering=0) as file:
         while written > 0:
             written -= file.write(memoryview(block)[: min(len(block), written)])
+    if state == "cold":
+        flush(target)
     seconds = time.monotonic() - began
     target.unlink()
     return seconds
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["--convert"]:
+        convert(*sys.argv[2:])
+    else:
+        sys.exit(main())

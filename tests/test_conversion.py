@@ -113,6 +113,24 @@ def test_pack(bits):
         )
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, ml_dtypes.bfloat16, np.int32])
+def test_columns(dtype):
+    rng = np.random.default_rng(0)
+    whole = rng.integers(0, 100, (33, 50)).astype(dtype)
+    for index in (np.arange(50), np.arange(7, 28), rng.permutation(50), np.zeros(3, np.int64)):
+        np.testing.assert_array_equal(conversion.columns(whole, index), whole[:, index].T)
+    part = whole[1:, ::2]
+    np.testing.assert_array_equal(conversion.columns(part, np.arange(9)), part[:, :9].T)
+
+
+def test_nibbles():
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 1 << 32, (37, 11)).astype(np.uint32)
+    index, place = rng.integers(0, 37, 40), rng.integers(0, 8, 40)
+    got = conversion.nibbles(words.view(np.int32), index, (4 * place).astype(np.uint32))
+    np.testing.assert_array_equal(got, words[index] >> (4 * place)[:, None] & 15)
+
+
 def test_nothing_is_converted_to_nothing():
     none = np.zeros((0, 32), np.float32)
     assert conversion.quantize(none, 7, False, "float16")[0].shape == (0, 32)
