@@ -15,7 +15,7 @@ from typing import Any
 
 from shardwright import errors
 from shardwright.errors import ArtifactError, WorkerError
-from shardwright.runtime import tvm_runtime
+from shardwright.runtime import message, tvm_runtime
 from shardwright.runtime.artifact import Manifest
 from shardwright.runtime.collectives import create_segment
 from shardwright.runtime.device import POLL_SECONDS, Pending
@@ -96,7 +96,7 @@ class Controller:
         self._check_open()
         # Not to a dead worker: once its pipe is full, the write would never return.
         self._check()
-        text = json.dumps({"op": op, **arguments})
+        text = message.encode({"op": op, **arguments})
         # Ctrl-C may come before or after, but not while half of the command is written.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:

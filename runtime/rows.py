@@ -6,11 +6,12 @@ from typing import Any
 
 from shardwright.errors import InputError
 from shardwright.runtime.artifact import Manifest
+from shardwright.runtime.message import Int32, int32
 from shardwright.runtime.sampling import MAX_EOS, SamplingParams
 
 Tokens = Sequence[int]
 
-Piece = tuple[int, int, int, list[int]]
+Piece = tuple[int, int, int, Int32]
 """Part of a row to prefill: row, position of the first token, final length of the row, tokens."""
 
 PLAIN = SamplingParams(seed=0)
@@ -45,7 +46,7 @@ def sampling_state(rows: list[Row], batch: int) -> dict[str, list[Any]]:
     return {
         # A row without room for a token stays inactive.
         "positions": [len(row.prompt) - 1 if row.limit else -1 for row in everyone],
-        "history": [row.prompt for row in everyone],
+        "history": [int32(row.prompt) for row in everyone],
         "sampling_f": [row.params.float_row() for row in everyone],
         "sampling_i": [row.params.int_row(len(row.prompt)) for row in everyone],
         "eos": [sorted(row.eos) + [-1] * (MAX_EOS - len(row.eos)) for row in everyone],
@@ -66,9 +67,9 @@ def check_prompts(manifest: Manifest, prompts: Sequence[Tokens]) -> list[list[in
     for index, row in enumerate(rows):
         if not row:
             raise InputError(f"the prompt of row {index} is empty; give at least one token")
-        for token in row:
-            if not 0 <= token < vocab:
-                raise InputError(f"row {index}: token {token} is outside 0..{vocab - 1}")
+        if min(row) < 0 or max(row) >= vocab:
+            token = next(token for token in row if not 0 <= token < vocab)
+            raise InputError(f"row {index}: token {token} is outside 0..{vocab - 1}")
     return rows
 
 
@@ -98,7 +99,7 @@ def chunks(rows: list[list[int]], cached: list[int], size: int) -> Iterator[list
     room = size
     for index, (row, start) in enumerate(zip(rows, cached, strict=True)):
         while start < len(row):
-            tokens = row[start : start + room]
+            tokens = int32(row[start : start + room])
             pieces.append((index, start, len(row), tokens))
             start += len(tokens)
             room -= len(tokens)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from shardwright import errors
-from shardwright.runtime import cublas, tvm_runtime
+from shardwright.runtime import cublas, message, tvm_runtime
 from shardwright.runtime.artifact import CUBLAS, Manifest, load_manifest
 from shardwright.runtime.collectives import (
     AbortedError,
@@ -176,7 +176,7 @@ class Worker:
         counts = [len(tokens) for *_, tokens in pieces]
         self._program.prefill(
             {
-                "tokens": _int32([token for *_, tokens in pieces for token in tokens]),
+                "tokens": _int32(np.concatenate([piece[3] for piece in pieces])),
                 "rows": _int32(np.repeat([piece[0] for piece in pieces], counts)),
                 "positions": _int32(
                     np.concatenate([np.arange(p[1], p[1] + len(p[3])) for p in pieces])
@@ -295,7 +295,7 @@ def _call(rank: int, session: str, text: str) -> None:
         worker = _workers.get(session)
         if worker is None:
             worker = _workers[session] = Worker(rank, Path(session))
-    worker.call(json.loads(text))
+    worker.call(message.decode(text))
 
 
 def add_worker(directory: Path, results: Results) -> Worker:
