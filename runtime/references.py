@@ -291,6 +291,7 @@ REFERENCES: dict[str, Reference] = {
     "fused_NT_matmul_cast": matmul,
     "NT_matmul": matmul,
     "fused_strided_slice_strided_slice_silu_multiply": gate,
+    "fused_strided_slice_silu_strided_slice_multiply": gate,
 }
 
 

@@ -87,6 +87,7 @@ def test_comparison(got: np.ndarray, wanted: np.ndarray, passed: bool) -> None:
         ("gemv_kernel", references.matmul),
         ("fused_NT_matmul6_cast4", references.matmul),
         ("fused_strided_slice4_strided_slice5_silu2_multiply2", references.gate),
+        ("fused_strided_slice4_silu2_strided_slice5_multiply2", references.gate),
         ("add_rms_norm_kernel3", references.add_rms_norm),
         ("take1", references.take),
         ("no_such_kernel", None),
