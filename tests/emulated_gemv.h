@@ -1,4 +1,4 @@
-// What gemv_mma.cuh needs of CUDA, on a CPU: a thread for each CUDA thread of a cluster, which meet
+// What gemv_mma.cuh and experts.cuh need of CUDA, on a CPU: a thread for each CUDA thread of a cluster, which meet
 // at barriers where those of a warp, a block or a cluster do.
 #pragma once
 #include <barrier>
@@ -111,6 +111,19 @@ inline float cluster_load(const float* p, int rank) {
   return *reinterpret_cast<const float*>(other + address(p));
 }
 }  // namespace shardwright_gemv
+
+namespace shardwright_experts {
+inline float from_lane(float value, int lane) {
+  memcpy(warp().x[threadIdx.x % 32], &value, 4);
+  __syncwarp();
+  memcpy(&value, warp().x[lane], 4);
+  __syncwarp();
+  return value;
+}
+inline float as_float(unsigned bits) { float f; memcpy(&f, &bits, 4); return f; }
+inline unsigned as_bits(half2 v) { unsigned u; memcpy(&u, &v, 4); return u; }
+inline half2 as_halves(unsigned v) { half2 h; memcpy(&h, &v, 4); return h; }
+}  // namespace shardwright_experts
 
 // Runs `body(shared memory)` in every thread of a grid of clusters, one cluster after another.
 template <class Body>

@@ -7,7 +7,7 @@ import pytest
 import tvm
 from tvm.target import Target
 
-from shardwright.compiler.kernels import experts
+from shardwright.compiler.kernels import experts, experts_cuda
 from shardwright.compiler.packing import Packing, dequantize, pack
 
 
@@ -185,6 +185,10 @@ def test_cuda_source_with_biases():
     assert "__shfl_xor_sync" in source(experts.experts_down(tokens=2, split=True, **product))
     grouped = experts.experts_grouped(tokens=None, gated=True, **gates, **product)
     assert "__shared__" in source(grouped)
+    many = experts_cuda.experts_grouped(tokens=None, gated=True, **gates, **product)
+    assert "mma.sync" in source(many)
+    assert "cp.async" in source(experts_cuda.experts_up(tokens=2, **gates, **product))
+    assert "mma.sync" in source(experts_cuda.experts_down(tokens=2, split=True, **product))
     for split in (False, True):
         total = experts.experts_sum(tokens=None, features=64, split=split, **common)
         assert "blockIdx" in source(total)

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from tvm import relax
 
-from shardwright.compiler.kernels import experts
+from shardwright.compiler.kernels import experts, experts_cuda
 from shardwright.compiler.lowering.common import (
     GEMV_MAX_BATCH,
     Kernels,
@@ -89,26 +89,32 @@ def _expert_products(
     def product(x: relax.Expr, rows: int, packing: Packing | None) -> dict[str, Any]:
         return {"rows": rows, "cols": shape_of(x)[1], "packing": packing, **common}
 
+    def kernels(packing: Packing | None) -> Any:
+        """The module whose kernels take weights of a format."""
+        cuda = experts_cuda.supported(packing=packing, dtype=dtype, target=k.target, arch=k.arch)
+        return experts_cuda if cuda else experts
+
     x = padded(x, gate[0], packing)
     into = product(x, rows, packing) | activation | {"biased": biased}
     slots = relax.TensorType([n * top, rows], dtype)
     tokens = tokens_of(k, x)
     if k.target == "cpu" or (tokens is not None and tokens <= GEMV_MAX_BATCH):
-        kernel = k.kernel(experts.experts_up, tokens=tokens, **into)
+        kernel = k.kernel(kernels(packing).experts_up, tokens=tokens, **into)
         h = k.bb.emit(relax.call_tir(kernel, [x, *gate, *up, *up_biases, ids, start], slots))
         h = padded(h, down[0], down_packing)
         out = product(h, features, down_packing)
-        kernel = k.kernel(experts.experts_down, tokens=tokens, biased=biased, split=split, **out)
+        sides = {"biased": biased, "split": split}
+        kernel = k.kernel(kernels(down_packing).experts_down, tokens=tokens, **sides, **out)
         return relax.call_tir(kernel, [h, *down, down_bias, ids, factors, rank], call.ty)
     kernel = k.kernel(experts.expert_order, tokens=tokens, top=top, experts=count, target=k.target)
     types = [relax.TensorType([n * top], "int32"), relax.TensorType([count + 1], "int32")]
     both = k.bb.emit(relax.call_tir(kernel, [ids, start], types))
     order = [k.bb.emit(relax.TupleGetItem(both, i)) for i in range(2)]
-    kernel = k.kernel(experts.experts_grouped, tokens=tokens, gated=True, **into)
+    kernel = k.kernel(kernels(packing).experts_grouped, tokens=tokens, gated=True, **into)
     h = k.bb.emit(relax.call_tir(kernel, [x, *gate, *up, *up_biases, *order], slots))
     h = padded(h, down[0], down_packing)
     out = product(h, features, down_packing)
-    kernel = k.kernel(experts.experts_grouped, tokens=tokens, gated=False, **out)
+    kernel = k.kernel(kernels(down_packing).experts_grouped, tokens=tokens, gated=False, **out)
     whole = relax.TensorType([n * top, features], dtype)
     y = k.bb.emit(relax.call_tir(kernel, [h, *down, *down, first, first, *order], whole))
     sizes = {"features": features, "biased": biased, "split": split}
