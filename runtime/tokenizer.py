@@ -65,10 +65,6 @@ class Tokenizer:
         """Number of tokens, added tokens included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
-    def token_id(self, token: str) -> int | None:
-        """Id of the token spelled `token`; None if there is none."""
-        return self._backend.token_to_id(token)
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens`, the ones of a fresh document (bos)."""
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)

@@ -31,7 +31,7 @@ SCHEDULED: dict[str, Any] = {
 # The instructions of programmatic dependent launch, which need sm_90. Where the kernel was launched
 # in the ordinary way they do nothing.
 _SM90 = """
-__device__ __forceinline__ void {name}({parameters}) {{
+__device__ __forceinline__ void {name}() {{
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   {body}
 #endif
@@ -40,18 +40,11 @@ __device__ __forceinline__ void {name}({parameters}) {{
 LAUNCH_DEPENDENTS = "shardwright_launch_dependents"
 """What a kernel that may start before the one before it has ended calls first."""
 _LAUNCH = _SM90.format(
-    name=LAUNCH_DEPENDENTS, parameters="", body='asm volatile("griddepcontrol.launch_dependents;");'
+    name=LAUNCH_DEPENDENTS, body='asm volatile("griddepcontrol.launch_dependents;");'
 )
 _WAIT = _SM90.format(
     name="shardwright_wait_for_inputs",
-    parameters="",
     body='asm volatile("griddepcontrol.wait;" ::: "memory");',
-)
-_PREFETCH = _SM90.format(
-    name="shardwright_prefetch_l2",
-    parameters="const void* first, unsigned bytes",
-    body="""asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-               :: "l"(__cvta_generic_to_global(first)), "r"(bytes));""",
 )
 
 
@@ -141,18 +134,6 @@ def wait_for_inputs(target):
     """Wait until all kernels before this one have ended and their writes can be seen."""
     if kind_of(target) == "cuda":
         T.evaluate(T.cuda.func_call("shardwright_wait_for_inputs", source_code=_WAIT))
-
-
-@T.inline
-def prefetch_l2(target, address, size):
-    """Start to bring `size` bytes from `address` into the L2 cache, both multiples of 16.
-
-    One thread is enough; sm_90 and later, nothing elsewhere.
-    """
-    if kind_of(target) == "cuda":
-        T.evaluate(
-            T.cuda.func_call("shardwright_prefetch_l2", address, size, source_code=_PREFETCH)
-        )
 
 
 def silu_mul(gate: Any, up: Any, dtype: str) -> Any:
