@@ -142,6 +142,9 @@ def all_cases(tune: bool) -> list[dict[str, Any]]:
             case = dict(kind="decode", name=f"decode_{form}_{name}", form=form, **sizes)
             masked = case | MASKED | dict(name=case["name"] + "_masked")
             cases += [case] if batch in (1, 8, 64) else [case, masked]
+            if form == "alone":
+                sunk = dict(name=case["name"] + "_sinks", sinks=True)
+                cases += [case | sunk, masked | sunk | dict(name=masked["name"] + "_sinks")]
     for heads, kv, dim, chunk in PREFILL:
         sizes = dict(heads=heads, kv=kv, dim=dim, chunk=chunk, batch=4, contexts=[chunk[0][2]])
         name = f"prefill_{heads}_{kv}_{dim}_{sum(end - begin for _, begin, end in chunk)}"
@@ -150,6 +153,8 @@ def all_cases(tune: bool) -> list[dict[str, Any]]:
             cases.append(dict(kind="prefill", name=name + "_plain", form="plain", **sizes))
             masked = MASKED | dict(name=name + "_masked")
             cases.append(dict(kind="prefill", form="cuda", **sizes) | masked)
+            sunk = dict(kind="prefill", form="cuda", name=name + "_sinks", sinks=True)
+            cases.append(sunk | sizes)
     for n, rows, k, group in Q4_GEMM:
         name = f"q4_gemm_{n}_{rows}_{k}_{group}"
         cases.append(dict(kind="q4_gemm", name=name, n=n, rows=rows, k=k, group=group))
@@ -258,23 +263,28 @@ def build(directory: Path, archs: tuple[str, ...], tune: bool, only: str, match:
                 max_pages=max_len_of(case) // PAGE, dtype="float16", scale=case["dim"] ** -0.5,
                 target="cuda", window=case.get("window", 0), softcap=case.get("softcap", 0.0),
             )  # fmt: skip
+            sinks = case.get("sinks", False)
             n, form = case["batch"], case["form"]
             arch = min(int(a.removeprefix("sm_").rstrip("af")) for a in archs)
             if kind == "prefill" and form == "plain":
                 funcs[name] = attention.attention_prefill(tokens=None, **sizes)
             elif kind == "prefill":
-                funcs[name] = attention_cuda.prefill_attention(tokens=None, arch=arch, **sizes)
+                funcs[name] = attention_cuda.prefill_attention(
+                    tokens=None, arch=arch, sinks=sinks, **sizes
+                )
             elif form != "plain":
                 append = "" if form == "alone" else form
-                funcs[name] = attention_cuda.decode_attention(tokens=n, append=append, **sizes)
+                funcs[name] = attention_cuda.decode_attention(
+                    tokens=n, append=append, arch=arch, sinks=sinks, **sizes
+                )
                 group = case["heads"] // case["kv"]
                 plan = attention_cuda.decode_plan(
-                    tokens=n, kv_heads=case["kv"], group=group, head_dim=case["dim"]
+                    tokens=n, kv_heads=case["kv"], group=group, head_dim=case["dim"], arch=arch
                 )
                 case["scratch"] = attention_cuda.decode_scratch(
                     plan, n, case["heads"], case["kv"], case["dim"]
                 )
-                case["plan"] = [plan.parts, plan.warps, plan.few, plan.splits]
+                case["plan"] = [plan.parts, plan.warps, plan.stages, plan.few, plan.splits]
             else:
                 splits = attention.num_splits(
                     tokens=n, kv_heads=case["kv"], max_len=max_len_of(case)
@@ -500,8 +510,16 @@ class _Runner:
             score = torch.einsum("kgd,pkd->kgp", heads, k) * q.shape[2] ** -0.5
             if softcap:
                 score = softcap * (score / softcap).tanh()
+            if case.get("sinks"):  # a score whose value is 0
+                sink = self.sinks(case).double().view(*score.shape[:2], 1)
+                score = torch.cat([score, sink], 2)
+                v = torch.cat([v, torch.zeros_like(v[:1])])
             out[t] = torch.einsum("kgp,pkd->kgd", score.softmax(2), v).flatten(0, 1)
         return out
+
+    def sinks(self, case: dict[str, Any]) -> Any:
+        """A score for each query head, higher than most others."""
+        return self.torch.linspace(-1, 6, case["heads"], device="cuda")
 
     def decode(self, case: dict[str, Any]) -> None:
         torch, n, form = self.torch, case["batch"], case["form"]
@@ -527,9 +545,10 @@ class _Runner:
         apart = [x.contiguous() for x in qkv.split([heads, kv, kv], 1)]
         first = {"joined": [qkv.flatten(1), table], "apart": [*apart, table]}.get(form, [q])
         pages = [*cache[:2]] if form in ("joined", "apart") else full
+        sinks = [self.sinks(case)] if case.get("sinks") else []
 
         def step(layer: int) -> None:
-            args = (*first, *pages, cache[2], *where, layer)
+            args = (*first, *pages, cache[2], *where, *sinks, layer)
             if form == "plain":
                 self.call(case["name"], *args, *scratch)
                 self.call(case["name"] + "_combine", *scratch, out)
@@ -554,6 +573,7 @@ class _Runner:
         q = torch.randn(len(rows), case["heads"], case["dim"], device="cuda").half()
         cache, out = self.cache(case), torch.full_like(q, torch.nan)
         tensors = [torch.tensor(x, device="cuda", dtype=torch.int32) for x in (rows, at)]
+        tensors += [self.sinks(case)] if case.get("sinks") else []
         self.call(case["name"], q, *cache, *tensors, 2, out)
         some = [*range(0, len(rows), -(-len(rows) // 97)), len(rows) - 1]
         chosen = [rows[i] for i in some], [at[i] for i in some]

@@ -1,6 +1,7 @@
 // Runs device functions of compiler/kernels/*.cuh on a CPU, to test what they compute: a block is a
 // system thread, its CUDA threads are fibers of it that switch where they wait. So shared memory is
 // thread-local, and another block's is as far from its anchor as this one's. Stands in for ptx.cuh.
+// Asynchronous copies are done where they are issued.
 #define SHARDWRIGHT_PTX
 
 #include <sched.h>
@@ -25,6 +26,9 @@ using std::min;
 
 struct float2 {
   float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 struct uint2 {
   unsigned x, y;
@@ -74,6 +78,8 @@ inline half2 __hadd2(half2 a, half2 b) {
 }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }
+inline float __half2float(half x) { return to_float(x); }
+inline half __float2half(float x) { return to_half(x); }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline unsigned atomicAdd(unsigned* at, unsigned more) { return (*at += more) - more; }
 
@@ -200,6 +206,24 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return host::exchange(value, host::block->current % 32 ^ mask, true);
 }
 template <typename T>
+T __shfl_sync(unsigned, T value, int from) {
+  return host::exchange(value, from, true);
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int delta) {
+  const int from = host::block->current % 32 - delta;
+  return host::exchange(value, from, from >= 0);
+}
+inline void __syncwarp() { host::wait(host::block->warps[host::block->current / 32]); }
+template <typename T>
+T __ldcg(const T* from) {
+  return *from;
+}
+// For a selector that takes the upper or the lower halves of both.
+inline unsigned __byte_perm(unsigned a, unsigned b, int selector) {
+  return selector == 0x5410 ? (a & 0xFFFF) | b << 16 : a >> 16 | (b & 0xFFFF0000u);
+}
+template <typename T>
 T __shfl_down_sync(unsigned, T value, int delta) {
   const int from = host::block->current % 32 + delta;
   return host::exchange(value, from, from < 32);
@@ -208,6 +232,89 @@ T __shfl_down_sync(unsigned, T value, int delta) {
 namespace shardwright {
 
 inline void wait_for_inputs() {}
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+
+// What the lanes of a warp hold, seen by all: between two calls `of(lane)` is what it gave.
+template <typename T, typename F>
+void with_lanes(const T& mine, F use) {
+  static thread_local T of[32][32];
+  host::Block& b = *host::block;
+  T* const lanes = of[b.current / 32];
+  lanes[b.current % 32] = mine;
+  __syncwarp();
+  use(lanes);
+  __syncwarp();
+}
+inline float half_of(unsigned word, int i) { return to_float({(uint16_t)(word >> 16 * i)}); }
+inline void mma_16n8k16(float* d, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                        unsigned b1) {
+  struct Fragments {
+    unsigned a[4], b[2];
+  };
+  const int lane = host::block->current % 32;
+  with_lanes(Fragments{{a0, a1, a2, a3}, {b0, b1}}, [&](const Fragments* of) {
+    for (int e = 0; e < 4; ++e) {
+      const int row = lane / 4, column = lane % 4 * 2 + e % 2;
+      for (int k = 0; k < 16; ++k)
+        d[e] += half_of(of[row * 4 + k % 8 / 2].a[e / 2 + k / 8 * 2], k % 2) *
+                half_of(of[column * 4 + k % 8 / 2].b[k / 8], k % 2);
+    }
+  });
+}
+inline unsigned transposed_8x8(unsigned x) {
+  const int lane = host::block->current % 32, row = lane / 4, column = lane % 4 * 2;
+  unsigned y = 0;
+  with_lanes(x, [&](const unsigned* of) {
+    for (int i = 0; i < 2; ++i)
+      y |= (of[(column + i) * 4 + row / 2] >> 16 * (row % 2) & 0xFFFF) << 16 * i;
+  });
+  return y;
+}
+
+struct Phase {
+  short arrivals, left;
+  int parity;
+};
+constexpr int kCopiers = 1;
+inline void phase_start(uint64_t* barrier, int arrivals) {
+  *(Phase*)barrier = {(short)arrivals, (short)arrivals, 0};
+}
+inline void phases_started() {}
+inline void phase_arrive(uint64_t* barrier) {
+  Phase& phase = *(Phase*)barrier;
+  if (--phase.left == 0) phase.left = phase.arrivals, phase.parity ^= 1;
+}
+inline void phase_wait(uint64_t* barrier, int parity) {
+  while (((Phase*)barrier)->parity == parity) host::yield();
+}
+inline void fence_copies() {}
+inline void copies_expect(bool, uint64_t*, int) {}
+inline void copy_each(bool mine, void* to, const void* from, int bytes, uint64_t*) {
+  if (mine) memcpy(to, from, bytes);
+}
+inline void copies_issued(bool mine, uint64_t* barrier) {
+  if (mine) phase_arrive(barrier);
+}
+inline void meet(int barrier, int threads) {
+  static thread_local host::Barrier barriers[16];
+  barriers[barrier].size = threads;
+  host::wait(barriers[barrier]);
+}
+template <int kWords>
+void load_words(unsigned* to, const void* from) {
+  memcpy(to, from, 4 * kWords);
+}
+inline float load_float(const float* from) { return *from; }
+inline half load_half(const half* from) { return *from; }
+inline unsigned count_up(unsigned* counter, unsigned last) {
+  unsigned before = __atomic_load_n(counter, __ATOMIC_ACQUIRE);
+  while (!__atomic_compare_exchange_n(counter, &before, before >= last ? 0 : before + 1, false,
+                                      __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+  }
+  return before;
+}
+
 inline void cluster_arrive() { ++host::block->cluster->arrived; }
 inline void cluster_wait() {
   host::Block& b = *host::block;

@@ -1,6 +1,7 @@
-// peer.cuh, peer_many.cuh and sample.cuh for ctypes, see cuda_on_cpu.h.
+// peer.cuh, peer_many.cuh, sample.cuh and decode_attention.cuh for ctypes, see cuda_on_cpu.h.
 #include "cuda_on_cpu.h"
 #define __CUDA_FP16_H__
+#include "../compiler/kernels/decode_attention.cuh"
 #include "../compiler/kernels/peer.cuh"
 #include "../compiler/kernels/q4_image.cuh"
 #include "../compiler/kernels/peer_many.cuh"
@@ -58,6 +59,14 @@ void reduce_many(const Rank* ranks, int rows, bool two_shots, bool fused) {
   f(ranks, rows);
 }
 
+template <typename Z>
+void attend(const DecodeArgs& args) {
+  host::launch(Z::N * Z::K * Z::P * Z::S, 1, Z::THREADS, [&](int block, int, int tid) {
+    alignas(16) static thread_local char shared[Z::SHARED];
+    decode_attention<Z>(args, block, tid, shared);
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -68,6 +77,22 @@ int all_reduce_many(int ranks, int size, bool two_shots, bool fused, const Rank*
   else if (ranks == 3 && size == 1024) reduce_many<3, 1024>(r, rows, two_shots, fused);
   else if (ranks == 8 && size == 264) reduce_many<8, 264>(r, rows, two_shots, fused);
   else return 1;
+  return 0;
+}
+
+// Sizes as tests/test_cuda_on_cpu.py names them, heads and so on as in DECODE there.
+int decode_attention_case(int number, const DecodeArgs* args) {
+  // tokens, heads, kv heads, head dim, page, parts, warps, stages, few, splits, blocks; append,
+  // joined, rotary, window, capped, sinks
+  switch (number) {
+    case 0: attend<DecodeSizes<1, 4, 1, 32, 16, 1, 2, 2, 2, 3, 3, true, true, 32, 0, false, false>>(*args); break;
+    case 1: attend<DecodeSizes<4, 6, 2, 48, 16, 1, 2, 4, 1, 4, 5, true, false, 32, 0, false, false>>(*args); break;
+    case 2: attend<DecodeSizes<4, 9, 1, 16, 32, 2, 3, 3, 1, 1, 4, false, false, 16, 0, false, true>>(*args); break;
+    case 3: attend<DecodeSizes<4, 16, 1, 64, 16, 1, 2, 2, 2, 2, 3, true, true, 64, 20, true, true>>(*args); break;
+    case 4: attend<DecodeSizes<1, 12, 1, 144, 16, 1, 1, 2, 1, 2, 2, true, true, 144, 0, false, false>>(*args); break;
+    case 5: attend<DecodeSizes<4, 6, 2, 48, 16, 1, 2, 4, 2, 3, 12, true, false, 32, 0, false, true>>(*args); break;
+    default: return 1;
+  }
   return 0;
 }
 

@@ -1,4 +1,4 @@
-"""The CUDA sources of peer.cuh, peer_many.cuh and sample.cuh, run by tests/cuda_on_cpu.h."""
+"""CUDA sources of compiler/kernels, run on the CPU by tests/cuda_on_cpu.h."""
 
 import ctypes
 import subprocess
@@ -205,3 +205,102 @@ def test_the_sampler_chooses_the_tokens_of_the_other(library):
     for name, array in zip(names, state, strict=True):
         np.testing.assert_array_equal(array, getattr(rows, name))
     assert rows.tokens[1] == -7 and rows.tokens[5] != best and rows.tokens[7] == 0
+
+
+# Of decode_attention_case in kernels_on_cpu.cc: heads, kv heads, head dim, page, positions, and
+# what is appended, window, cap and sinks.
+DECODE = [
+    (4, 1, 32, 16, [203], dict(append="joined")),
+    (4, 1, 32, 16, [0], dict(append="joined")),
+    (4, 1, 32, 16, [-1], dict(append="joined")),
+    (6, 2, 48, 16, [70, -1, 15, 16], dict(append="apart", rotary=32)),
+    (9, 1, 16, 32, [0, 99, -1, 31], dict(sinks=True)),
+    (16, 1, 64, 16, [9, 130, 20, 47], dict(append="joined", window=20, cap=5.0, sinks=True)),
+    (12, 1, 144, 16, [50], dict(append="joined")),
+    (6, 2, 48, 16, [170, -1, 15, 16], dict(append="apart", rotary=32, sinks=True)),
+]
+NUMBERS = [0, 0, 0, 1, 2, 3, 4, 5]
+
+
+class DecodeArgs(ctypes.Structure):
+    """As in decode_attention.cuh."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "table", "k_pages", "v_pages")),
+        *((name, ctypes.c_void_p) for name in ("page_table", "rows", "positions", "sinks")),
+        *((name, ctypes.c_void_p) for name in ("out", "sums", "stats")),
+        ("layer", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("pages", "table_rows", "max_pages")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+    )
+
+
+@pytest.mark.parametrize(("number", "case"), list(zip(NUMBERS, DECODE, strict=True)))
+def test_decode_attention(library, number, case):
+    heads, kv_heads, dim, page, positions, kind = case
+    rng, n, layers, layer = np.random.default_rng(number), len(positions), 2, 1
+    max_pages = 13
+    pages = n * max_pages
+    rotary, append = kind.get("rotary", dim), kind.get("append", "")
+    shape = (layers, pages, kv_heads, page, dim)
+    k_pages, v_pages = rng.standard_normal((2, *shape)).astype("float16")
+    page_table = rng.permutation(pages).reshape(n, max_pages).astype("int32")
+    rows = np.roll(np.arange(n), 1).astype("int32")
+    at = np.array(positions, "int32")
+    q = rng.standard_normal((n, heads, dim)).astype("float16") * 2
+    k, v = rng.standard_normal((2, n, kv_heads, dim)).astype("float16")
+    angle = rng.standard_normal((n, rotary // 2)) * 3
+    table = np.stack([np.cos(angle), np.sin(angle)], 1).astype("float32")
+    sinks = rng.standard_normal(heads).astype("float32") * 2
+    out = np.full((n, heads, dim), np.nan, "float16")
+    sums, stats = np.full((2, 64 * heads * dim), np.nan, "float32")
+
+    def turned(x):
+        if not append:
+            return x.astype("float64")
+        cos, sin = (np.asarray(table[:, None, i], "float64") for i in range(2))
+        a, b, rest = np.split(x.astype("float64"), [rotary // 2, rotary], axis=-1)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype("float16")
+
+    want_k, want_v = k_pages.copy(), v_pages.copy()
+    for t, p in enumerate(positions):
+        place = (layer, page_table[rows[t], p // page], slice(None), p % page)
+        if append and p >= 0:
+            want_k[place], want_v[place] = turned(k)[t], v[t]
+        if p >= 0:  # what comes behind may be anything
+            behind = (*place[:3], slice(p % page + 1, None))
+            for cache in (k_pages, v_pages, want_k, want_v):
+                cache[behind] = np.nan
+            if append:
+                k_pages[place] = v_pages[place] = np.nan
+    read = [np.concatenate([x.reshape(n, -1) for x in (q, k, v)], 1)] * 3
+    if append != "joined":
+        read = [q, k, v]
+    tensors = (*read, table, k_pages, v_pages, page_table, rows, at, sinks, out, sums, stats)
+    scale, cap = 1 / np.sqrt(dim), kind.get("cap", 0.0)
+    args = DecodeArgs(*(x.ctypes.data for x in tensors), layer, pages, n, max_pages, scale, cap)
+    for _ in range(2):  # the counters are back at 0
+        out[:] = np.nan
+        assert library.decode_attention_case(number, ctypes.byref(args)) == 0
+        for t, p in enumerate(positions):
+            if p < 0:
+                np.testing.assert_array_equal(out[t], 0)
+                continue
+            begin = max(0, p + 1 - kind["window"]) if "window" in kind else 0
+            near = page_table[rows[t], np.arange(begin, p + 1) // page]
+            slots = np.arange(begin, p + 1) % page
+            for head in range(heads):
+                kv = head // (heads // kv_heads)
+                keys, values = (
+                    c[layer, near, kv, slots].astype("float64") for c in (want_k, want_v)
+                )
+                scores = keys @ turned(q)[t, head].astype("float64") * scale
+                if cap:
+                    scores = np.tanh(scores / cap) * cap
+                sink = np.exp(sinks[head] - scores.max()) if kind.get("sinks") else 0.0
+                weights = np.exp(scores - scores.max())
+                want = weights @ values / (weights.sum() + sink)
+                np.testing.assert_allclose(out[t, head], want, atol=4e-3, rtol=4e-3)
+        if append:
+            np.testing.assert_allclose(k_pages, want_k, atol=4e-3, rtol=2e-3)
+            np.testing.assert_array_equal(v_pages, want_v)

@@ -72,10 +72,10 @@ def test_decode_attention_on_cuda(append, heads, kv_heads, head_dim):
         tokens=2, kv_heads=kv_heads, group=heads // kv_heads, head_dim=head_dim
     )
     assert sizes[:5] == ["2", str(heads), str(kv_heads), str(head_dim), "16"]
-    numbers = plan.parts, plan.warps, plan.few, plan.splits, plan.blocks
-    assert sizes[5:10] == [str(x) for x in numbers]
+    numbers = plan.parts, plan.warps, plan.stages, plan.few, plan.splits, plan.blocks
+    assert sizes[5:11] == [str(x) for x in numbers]
     flags = [{True: "true", False: "false"}[x] for x in (append != "", append == "joined")]
-    assert sizes[10:] == [*flags, str(head_dim // 2), "5", "false"]
+    assert sizes[11:] == [*flags, str(head_dim // 2), "5", "false", "false"]
     # It may start before the kernel in front has ended.
     assert "shardwright_launch_dependents();" in text
 
@@ -88,7 +88,8 @@ def test_prefill_attention_on_cuda(arch, head_dim, softcap):
         softcap=softcap, **CACHE
     )  # fmt: skip
     text = source(func)
-    assert f"Sizes<6, 2, {head_dim}, 16, " in text
+    groups = 3 if (arch, head_dim) == (90, 64) else 2
+    assert f"Sizes<6, 2, {head_dim}, 16, {groups}, " in text
     shared = int(re.search(r"attention_shared = T.alloc_buffer\(\((\d+),\)", func.script())[1])
     # What every GPU of that generation has for a block.
     assert shared <= (99 if arch < 90 else 227) * 1024
@@ -105,27 +106,40 @@ def test_what_the_tensor_core_kernels_take():
     large = sizes | {"head_dim": 256}
     assert attention_cuda.supported(**large)
     assert attention_cuda.prefill_supported(**large, arch=90)
-    assert not attention_cuda.prefill_supported(**large, arch=89)
+    for arch in (89, 120):  # 99 KB of shared memory
+        assert not attention_cuda.prefill_supported(**large, arch=arch)
     assert attention_cuda.supported(**sizes | {"page_size": 48})
     assert not attention_cuda.prefill_supported(**sizes | {"page_size": 48}, arch=90)
 
 
+@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+def test_attention_with_sinks_on_cuda(kernel):
+    shapes = dict(heads=8, kv_heads=1, head_dim=64, scale=0.1, target="cuda", arch=90, sinks=True)
+    if kernel == "decode":
+        func = attention_cuda.decode_attention(tokens=2, window=128, **shapes, **CACHE)
+    else:
+        func = attention_cuda.prefill_attention(tokens=None, window=128, **shapes, **CACHE)
+    assert re.search(r"Sizes<[^>]*, true>>\(", source(func))
+
+
+@pytest.mark.parametrize("arch", [80, 90, 120])
 @pytest.mark.parametrize("group", [1, 2, 4, 5, 7, 8, 16, 71])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
-def test_decode_plans(group, head_dim):
+def test_decode_plans(group, head_dim, arch):
     for tokens in (1, 2, 8, 64, 4096):
         for kv_heads in (1, 2, 8, 32):
             plan = attention_cuda.decode_plan(
-                tokens=tokens, kv_heads=kv_heads, group=group, head_dim=head_dim
+                tokens=tokens, kv_heads=kv_heads, group=group, head_dim=head_dim, arch=arch
             )
             queries = -(-group // plan.parts)
-            assert queries * plan.parts >= group and queries <= (16 if head_dim <= 128 else 8)
-            # Sums and masses of its warps; static shared memory ends at 48 KiB.
-            columns = -(-queries // 8) * 8
-            assert plan.warps * columns * (head_dim + 4) * 4 < 48 * 1024
-            assert plan.warps % plan.few == 0 and plan.splits <= 64
+            assert queries * plan.parts >= group and queries <= 16
+            # What every GPU of that generation has for a block.
+            assert plan.shared(group, head_dim) <= (227 if arch == 90 else 98) * 1024
+            # As the kernel asserts.
+            assert plan.stages % plan.warps == 0
             items = tokens * kv_heads * plan.parts
             assert plan.splits == 1 or items <= attention_cuda.MAX_COUNTERS
+            assert 0 < plan.splits <= 64
 
 
 def test_a_single_sequence_fills_the_gpu():

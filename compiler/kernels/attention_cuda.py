@@ -10,21 +10,26 @@ chooses their sizes and calls them. They take float16 and the head dimensions an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, extent, kind_of, launch_dependents
+from .common import SCHEDULED, cuda_source, extent, kind_of, launch_dependents
 
 MULTIPROCESSORS = 132
 """Of the GPU that the plans are made for; others are served as well."""
 
 MAX_COUNTERS = 65536
-"""Of `decode_attention.cuh`: kv heads of all tokens whose context can be cut."""
+"""Of `decode_attention.cuh`: items whose context can be cut."""
 
-_PREFILL_TOKENS, _PREFILL_THREADS = 128, 256
+
+def _much_shared(arch: int) -> bool:
+    """Whether a block can have 227 KB of shared memory, as on data centres' GPUs; else it has 99.
+
+    From the table of compute capabilities in NVIDIA's CUDA programming guide.
+    """
+    return 90 <= arch < 120
 
 
 def supported(*, head_dim: int, page_size: int, dtype: str, target: Any) -> bool:
@@ -36,51 +41,68 @@ def supported(*, head_dim: int, page_size: int, dtype: str, target: Any) -> bool
 def prefill_supported(*, arch: int, **sizes: Any) -> bool:
     """Whether the prefill kernel takes these sizes on `arch`, such as 89 for sm_89, and later.
 
-    A tile of keys is whole pages. Heads of more than 128 need more shared memory than GPUs before
-    sm_90 have.
+    A tile of keys is whole pages. Heads of more than 128 need more shared memory than most GPUs
+    have.
     """
     whole = 64 % sizes["page_size"] == 0
-    return supported(**sizes) and whole and (sizes["head_dim"] <= 128 or arch >= 90)
+    return supported(**sizes) and whole and (sizes["head_dim"] <= 128 or _much_shared(arch))
 
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """`parts` blocks share the query heads of a kv head; a block has `warps` warps.
+    """`parts` items share the query heads of a kv head of a token.
 
-    A context is cut among at most `splits` blocks; while it is short, among so many that each uses
-    `few` of its warps. `blocks` of them fill the GPU.
+    A block has `warps` warps that compute and shared memory for `stages` chunks of 16 positions.
+    An item's context is cut among at most `splits` blocks, while it is short among so many that
+    each takes `few` chunks; about `blocks` fill the GPU.
     """
 
     parts: int
     warps: int
+    stages: int
     few: int
     splits: int
     blocks: int
 
+    def shared(self, group: int, head_dim: int) -> int:
+        """Bytes of shared memory of a block, as `DecodeSizes` of `decode_attention.cuh`."""
+        queries = -(-group // self.parts)
+        ring = self.stages * 32 * head_dim
+        heads = (queries + 2) * (head_dim + 8)
+        sums = queries * max(self.warps * head_dim, self.splits)
+        return 2 * (ring + heads) + 4 * sums
 
-def decode_plan(*, tokens: int, kv_heads: int, group: int, head_dim: int) -> DecodePlan:
+
+def decode_plan(
+    *, tokens: int, kv_heads: int, group: int, head_dim: int, arch: int = 90
+) -> DecodePlan:
     """The plan for `tokens` rows and `group` query heads to a kv head, for contexts of any length.
 
-    The numbers are the fastest of those measured on an H200 (`scripts/gpu_kernel_checks.py`).
+    `arch` is the oldest architecture that it is for, such as 89. The numbers are the fastest of
+    those measured on an H200.
     """
-    # Two sums of 8 query heads fit into a warp's registers, of large heads one.
-    parts = -(-group // (16 if head_dim <= 128 else 8))
-    columns = -(-group // parts // 8) * 8
-    items = tokens * kv_heads * parts
-    if items > 2 * MULTIPROCESSORS:
-        # Small blocks, several to a multiprocessor. Blocks that find nothing to do cost little.
-        return DecodePlan(parts, 2, 2, 8 if items <= MAX_COUNTERS else 1, 4 * MULTIPROCESSORS)
-    if items > MULTIPROCESSORS:
-        return DecodePlan(parts, 4, 4, 2, 2 * MULTIPROCESSORS)
-    # One block to a multiprocessor, as many warps as have room for their sums in shared memory; two
-    # if that leaves registers for it.
-    warps = next(w for w in (16, 12, 8, 4) if w * columns * (head_dim + 2) * 4 <= 40 * 1024)
-    blocks = MULTIPROCESSORS * (2 if warps == 4 else 1)
-    return DecodePlan(parts, warps, 2, max(1, min(64, blocks // items)), blocks)
-
-
-def _source(name: str) -> str:
-    return Path(__file__).with_name(name).read_text()
+    limit = (220 if _much_shared(arch) else 98) * 1024  # of shared memory
+    parts = -(-group // 16)  # two sums of 8 query heads fit into a warp's registers
+    while True:
+        items = tokens * kv_heads * parts
+        if items > MULTIPROCESSORS:  # small blocks, several to a multiprocessor
+            warps, ring, blocks, splits = 2, 48, 4 * MULTIPROCESSORS, 2
+        elif items > 33:
+            warps, ring, blocks = 4, 64, 2 * MULTIPROCESSORS
+            splits = blocks // items
+        else:
+            warps, ring, blocks = 8, 128, MULTIPROCESSORS
+            splits = min(64, (1 if tokens == 1 else 2) * blocks // items)
+        if items > MAX_COUNTERS:
+            splits = 1
+        while warps > 1:
+            bytes_of_ring = min(ring * 1024, limit * 2 // 3)
+            stages = max(1, min(32, bytes_of_ring // (64 * head_dim)) // warps) * warps
+            plan = DecodePlan(parts, warps, stages, 2, splits, blocks)
+            if plan.shared(group, head_dim) <= limit:
+                return plan
+            warps //= 2
+        parts *= 2
 
 
 def decode_attention(
@@ -101,20 +123,23 @@ def decode_attention(
     softcap: float = 0.0,
     append: str = "",
     rotary: int | None = None,
+    sinks: bool = False,
+    arch: int = 90,
     tuned: DecodePlan | None = None,
 ) -> tirx.PrimFunc:
     """Attention of one token of each row, the pieces of a context joined by the last to finish.
 
-    `(q [n,H,D], k_pages, v_pages, page_table [B,P] i32, rows [n] i32, positions [n] i32,
+    `(q [n,H,D], k_pages, v_pages, page_table [B,P] i32, rows [n] i32, positions [n] i32[, sinks],
     layer i64) -> (out [n,H,D], sums, stats)`, zeros for position -1. The last two are scratch, see
     `decode_scratch`. With `append` the kernel turns and appends the token first, as
     `rotary.rotary_append` does, whose arguments before `k_pages` it takes in place of q: "joined"
     or "apart" are queries, keys and values. The token's rows must be different ones.
-    `window` and `softcap` are as for `attention.attention_cpu`, `rotary` as for `rotary_append`;
-    `tuned` replaces the plan that the sizes suggest.
+    `window`, `softcap` and `sinks`, which exclude `append`, are as for `attention.attention_cpu`,
+    `rotary` as for `rotary_append`; `tuned` replaces the plan that the sizes and `arch` suggest.
     """
+    group = heads // kv_heads
     plan = tuned or decode_plan(
-        tokens=tokens, kv_heads=kv_heads, group=heads // kv_heads, head_dim=head_dim
+        tokens=tokens, kv_heads=kv_heads, group=group, head_dim=head_dim, arch=arch
     )
     cache = (layers, pages, kv_heads, page_size, head_dim)
     width = (heads + 2 * kv_heads) * head_dim
@@ -123,49 +148,50 @@ def decode_attention(
     rows_of_table = extent(batch, "b")
     sums_shape, stats_shape = decode_scratch(plan, tokens, heads, kv_heads, head_dim)
     flag = {True: "true", False: "false"}
-    numbers = [tokens, heads, kv_heads, head_dim, page_size, plan.parts, plan.warps, plan.few]
-    numbers += [plan.splits, plan.blocks]
+    numbers = [tokens, heads, kv_heads, head_dim, page_size, plan.parts, plan.warps, plan.stages]
+    numbers += [plan.few, plan.splits, plan.blocks]
     sizes = [*map(str, numbers), flag[append != ""], flag[append == "joined"], str(turned)]
-    sizes += [str(window), flag[softcap > 0]]
+    sizes += [str(window), flag[softcap > 0], flag[sinks]]
     name = f"shardwright::decode_attention<shardwright::DecodeSizes<{', '.join(sizes)}>>"
-    source = _source("decode_attention.cuh")
+    source = cuda_source("decode_attention.cuh")
+    blocks = tokens * kv_heads * plan.parts * plan.splits
+    shared = plan.shared(group, head_dim)
 
     @T.inline
-    def body(q, k, v, table, k_pages, v_pages, page_table, rows, positions, layer, out, sums,
-             stats):  # fmt: skip
-        for kp in T.thread_binding(kv_heads * plan.parts, thread="blockIdx.x"):
-            for split in T.thread_binding(plan.splits, thread="blockIdx.y"):
-                for t in T.thread_binding(tokens, thread="blockIdx.z"):
-                    for tid in T.thread_binding(plan.warps * 32, thread="threadIdx.x"):
-                        launch_dependents(target)
-                        T.evaluate(
-                            T.cuda.func_call(
-                                name,
-                                q.data,
-                                k.data,
-                                v.data,
-                                table.data,
-                                k_pages.data,
-                                v_pages.data,
-                                page_table.data,
-                                rows.data,
-                                positions.data,
-                                out.data,
-                                sums.data,
-                                stats.data,
-                                layer,
-                                pages,
-                                T.cast(rows_of_table, "int32"),
-                                max_pages,
-                                T.float32(scale),
-                                T.float32(softcap),
-                                t,
-                                kp,
-                                split,
-                                tid,
-                                source_code=source,
-                            )
-                        )
+    def body(q, k, v, table, k_pages, v_pages, page_table, rows, positions, sink_values, layer, out,
+             sums, stats):  # fmt: skip
+        for block in T.thread_binding(blocks, thread="blockIdx.x"):
+            for tid in T.thread_binding((plan.warps + 1) * 32, thread="threadIdx.x"):
+                launch_dependents(target)
+                decode_shared = T.alloc_buffer((shared,), "uint8", scope="shared.dyn")
+                T.evaluate(
+                    T.cuda.func_call(
+                        name,
+                        q.data,
+                        k.data,
+                        v.data,
+                        table.data,
+                        k_pages.data,
+                        v_pages.data,
+                        page_table.data,
+                        rows.data,
+                        positions.data,
+                        sink_values.data,
+                        out.data,
+                        sums.data,
+                        stats.data,
+                        layer,
+                        pages,
+                        T.cast(rows_of_table, "int32"),
+                        max_pages,
+                        T.float32(scale),
+                        T.float32(softcap),
+                        block,
+                        tid,
+                        decode_shared.data,
+                        source_code=source,
+                    )
+                )
 
     if append == "joined":
 
@@ -197,8 +223,8 @@ def decode_attention(
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                body(qkv, qkv, qkv, table, k_pages, v_pages, page_table, rows, positions, layer,
-                     out, sums, stats)  # fmt: skip
+                body(qkv, qkv, qkv, table, k_pages, v_pages, page_table, rows, positions, stats,
+                     layer, out, sums, stats)  # fmt: skip
 
         return decode_attention_joined
 
@@ -236,10 +262,45 @@ def decode_attention(
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                body(q, k, v, table, k_pages, v_pages, page_table, rows, positions, layer, out,
-                     sums, stats)  # fmt: skip
+                body(q, k, v, table, k_pages, v_pages, page_table, rows, positions, stats, layer,
+                     out, sums, stats)  # fmt: skip
 
         return decode_attention_apart
+
+    if sinks:
+
+        @T.prim_func(s_tir=True)
+        def decode_attention_sinks(
+            q_h: T.handle,
+            k_pages_h: T.handle,
+            v_pages_h: T.handle,
+            page_table_h: T.handle,
+            rows_h: T.handle,
+            positions_h: T.handle,
+            sinks_h: T.handle,
+            layer: T.int64,
+            out_h: T.handle,
+            sums_h: T.handle,
+            stats_h: T.handle,
+        ):
+            T.func_attr(SCHEDULED)
+            q = T.match_buffer(q_h, (tokens, heads, head_dim), dtype)
+            k_pages = T.match_buffer(k_pages_h, cache, dtype)
+            v_pages = T.match_buffer(v_pages_h, cache, dtype)
+            page_table = T.match_buffer(page_table_h, (rows_of_table, max_pages), "int32")
+            rows = T.match_buffer(rows_h, (tokens,), "int32")
+            positions = T.match_buffer(positions_h, (tokens,), "int32")
+            sink_values = T.match_buffer(sinks_h, (heads,), "float32")
+            out = T.match_buffer(out_h, (tokens, heads, head_dim), dtype)
+            sums = T.match_buffer(sums_h, sums_shape, "float32")
+            stats = T.match_buffer(stats_h, stats_shape, "float32")
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                body(q, q, q, stats, k_pages, v_pages, page_table, rows, positions, sink_values,
+                     layer, out, sums, stats)  # fmt: skip
+
+        return decode_attention_sinks
 
     @T.prim_func(s_tir=True)
     def decode_attention_alone(
@@ -268,8 +329,8 @@ def decode_attention(
             T.reads()
             T.writes()
             # Keys, values and angles are in the cache and in q.
-            body(q, q, q, stats, k_pages, v_pages, page_table, rows, positions, layer, out, sums,
-                 stats)  # fmt: skip
+            body(q, q, q, stats, k_pages, v_pages, page_table, rows, positions, stats, layer, out,
+                 sums, stats)  # fmt: skip
 
     return decode_attention_alone
 
@@ -279,13 +340,17 @@ def decode_scratch(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes, in float32, of what the blocks of `decode_attention` leave for the last one."""
     queries = -(-heads // kv_heads // plan.parts)
-    leading = (tokens, kv_heads * plan.parts, plan.splits, queries)
-    return (*leading, head_dim), (*leading, 2)
+    pieces = tokens * kv_heads * plan.parts * plan.splits
+    return (pieces, queries, head_dim), (pieces, queries, 2)
 
 
-def prefill_keys(head_dim: int, arch: int) -> int:
-    """Positions in a tile of `prefill_attention`, by what shared memory and registers hold."""
-    return 128 if arch >= 90 and 64 < head_dim <= 128 else 64
+def prefill_tile(head_dim: int, arch: int) -> tuple[int, int]:
+    """Tokens and positions in a tile of `prefill_attention`.
+
+    As shared memory and registers hold them; three warpgroups only where there is wgmma.
+    """
+    keys = 128 if _much_shared(arch) and head_dim <= 128 else 64
+    return 192 if 90 <= arch < 100 and head_dim <= 64 else 128, keys
 
 
 def prefill_attention(
@@ -305,24 +370,90 @@ def prefill_attention(
     arch: int,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: bool = False,
 ) -> tirx.PrimFunc:
     """Attention of many tokens of any rows at once.
 
-    `(q [n,H,D], k_pages, v_pages, page_table, rows, positions, layer) -> out [n,H,D]`; zeros for
-    tokens of position -1. It is fast where the tokens of a row stand together. `arch` is the
-    oldest architecture that it is compiled for, such as 89.
+    `(q [n,H,D], k_pages, v_pages, page_table, rows, positions[, sinks], layer) -> out [n,H,D]`;
+    zeros for tokens of position -1. It is fast where the tokens of a row stand together. `arch` is
+    the oldest architecture that it is compiled for, such as 89; `window`, `softcap` and `sinks` are
+    as for `attention.attention_cpu`.
     """
     n = extent(tokens)
-    keys = prefill_keys(head_dim, arch)
+    block, keys = prefill_tile(head_dim, arch)
     cache = (layers, pages, kv_heads, page_size, head_dim)
     panels = -(-head_dim // 64)
     # 1024 to align, the queries' tile, and two tiles of keys and values each.
-    shared = 1024 + panels * 128 * (_PREFILL_TOKENS + 4 * keys)
-    sizes = [heads, kv_heads, head_dim, page_size, keys, window, "true" if softcap else "false"]
+    shared = 1024 + panels * 128 * (block + 4 * keys)
+    sizes: list[Any] = [heads, kv_heads, head_dim, page_size, block // 64, keys, window]
+    sizes += ["true" if x else "false" for x in (softcap, sinks)]
     name = "shardwright::prefill::attention<shardwright::prefill::Sizes<"
     name += f"{', '.join(map(str, sizes))}>>"
-    source = _source("prefill_attention.cuh")
-    tiles = (n + _PREFILL_TOKENS - 1) // _PREFILL_TOKENS
+    source = cuda_source("prefill_attention.cuh")
+    tiles = (n + block - 1) // block
+
+    @T.inline
+    def body(q, k_pages, v_pages, page_table, rows, positions, sink_values, layer, out):
+        for head in T.thread_binding(heads, thread="blockIdx.x"):
+            for i in T.thread_binding(tiles, thread="blockIdx.y"):
+                for tid in T.thread_binding(2 * block + 128, thread="threadIdx.x"):
+                    launch_dependents(target)
+                    attention_shared = T.alloc_buffer((shared,), "uint8", scope="shared.dyn")
+                    T.evaluate(
+                        T.cuda.func_call(
+                            name,
+                            q.data,
+                            k_pages.data,
+                            v_pages.data,
+                            page_table.data,
+                            rows.data,
+                            positions.data,
+                            sink_values.data,
+                            out.data,
+                            layer,
+                            pages,
+                            T.cast(n, "int32"),
+                            max_pages,
+                            T.float32(scale),
+                            T.float32(softcap),
+                            # The last tokens see the most: they come first.
+                            T.cast(tiles - 1 - i, "int32"),
+                            head,
+                            tid,
+                            attention_shared.data,
+                            source_code=source,
+                        )
+                    )
+
+    if sinks:
+
+        @T.prim_func(s_tir=True)
+        def prefill_attention_sinks(
+            q_h: T.handle,
+            k_pages_h: T.handle,
+            v_pages_h: T.handle,
+            page_table_h: T.handle,
+            rows_h: T.handle,
+            positions_h: T.handle,
+            sinks_h: T.handle,
+            layer: T.int64,
+            out_h: T.handle,
+        ):
+            T.func_attr(SCHEDULED)
+            q = T.match_buffer(q_h, (n, heads, head_dim), dtype)
+            k_pages = T.match_buffer(k_pages_h, cache, dtype)
+            v_pages = T.match_buffer(v_pages_h, cache, dtype)
+            page_table = T.match_buffer(page_table_h, (extent(batch, "b"), max_pages), "int32")
+            rows = T.match_buffer(rows_h, (n,), "int32")
+            positions = T.match_buffer(positions_h, (n,), "int32")
+            sink_values = T.match_buffer(sinks_h, (heads,), "float32")
+            out = T.match_buffer(out_h, (n, heads, head_dim), dtype)
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                body(q, k_pages, v_pages, page_table, rows, positions, sink_values, layer, out)
+
+        return prefill_attention_sinks
 
     @T.prim_func(s_tir=True)
     def prefill_attention(
@@ -346,34 +477,7 @@ def prefill_attention(
         with T.sblock("root"):
             T.reads()
             T.writes()
-            for head in T.thread_binding(heads, thread="blockIdx.x"):
-                for i in T.thread_binding(tiles, thread="blockIdx.y"):
-                    for tid in T.thread_binding(_PREFILL_THREADS, thread="threadIdx.x"):
-                        launch_dependents(target)
-                        attention_shared = T.alloc_buffer((shared,), "uint8", scope="shared.dyn")
-                        T.evaluate(
-                            T.cuda.func_call(
-                                name,
-                                q.data,
-                                k_pages.data,
-                                v_pages.data,
-                                page_table.data,
-                                rows.data,
-                                positions.data,
-                                out.data,
-                                layer,
-                                pages,
-                                T.cast(n, "int32"),
-                                max_pages,
-                                T.float32(scale),
-                                T.float32(softcap),
-                                # The last tokens see the most: they come first.
-                                T.cast(tiles - 1 - i, "int32"),
-                                head,
-                                tid,
-                                attention_shared.data,
-                                source_code=source,
-                            )
-                        )
+            # `out` stands for the sinks, which are not read.
+            body(q, k_pages, v_pages, page_table, rows, positions, out, layer, out)
 
     return prefill_attention

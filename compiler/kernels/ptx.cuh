@@ -52,6 +52,158 @@ __device__ __forceinline__ unsigned long long load_from_block(unsigned there) {
   return value;
 }
 
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// d [16, 8] += a [16, 16] x b [16, 8], in the fragments of PTX's mma.m16n8k16.
+__device__ __forceinline__ void mma_16n8k16(float* d, unsigned a0, unsigned a1, unsigned a2,
+                                            unsigned a3, unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// An 8 x 8 matrix of pairs of halves' rows, 4 lanes to a row, transposed.
+__device__ __forceinline__ unsigned transposed_8x8(unsigned x) {
+  unsigned y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// Memory barriers in shared memory: `arrivals` and the bytes expected end a phase, of parity 0 at
+// first.
+__device__ __forceinline__ void phase_start(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(
+                   (unsigned)__cvta_generic_to_shared(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+// Makes them known to asynchronous copies.
+__device__ __forceinline__ void phases_started() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void phase_arrive(uint64_t* barrier) {
+  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(
+                   (unsigned)__cvta_generic_to_shared(barrier))
+               : "memory");
+}
+// Whether the phase of this parity has ended; of the newest two, the other than the present one.
+__device__ __forceinline__ bool phase_done(uint64_t* barrier, int parity) {
+  const unsigned at = (unsigned)__cvta_generic_to_shared(barrier);
+  int done = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+      : "=r"(done) : "r"(at), "r"(parity) : "memory");
+#else
+  asm volatile(
+      "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+      : "=r"(done) : "r"(at), "r"(parity) : "memory");
+#endif
+  return done;
+}
+__device__ __forceinline__ void phase_wait(uint64_t* barrier, int parity) {
+  while (!phase_done(barrier, parity)) {
+  }
+}
+
+// What was written to shared memory, or read, comes before asynchronous copies to it.
+__device__ __forceinline__ void fence_copies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Asynchronous copies to shared memory, by all lanes of a warp together: each with `mine` copies
+// `bytes`, a multiple of 16, and counts for one of two such of its `barrier`'s phase, which counts
+// kCopiers arrivals and the bytes. `copies_expect` comes before them, `copies_issued` behind.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kCopiers = 32;
+#else
+constexpr int kCopiers = 1;
+#endif
+__device__ __forceinline__ void copies_expect(bool mine, uint64_t* barrier, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  if (mine)
+    asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::"r"(
+                     (unsigned)__cvta_generic_to_shared(barrier)),
+                 "r"(bytes)
+                 : "memory");
+#endif
+}
+__device__ __forceinline__ void copy_each(bool mine, void* to, const void* from, int bytes,
+                                          uint64_t* barrier) {
+  const unsigned there = (unsigned)__cvta_generic_to_shared(to);
+#if __CUDA_ARCH__ >= 900
+  const unsigned at = (unsigned)__cvta_generic_to_shared(barrier);
+  if (mine)
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(there), "l"(from), "r"(bytes), "r"(at)
+        : "memory");
+#else
+  for (unsigned left = __ballot_sync(~0u, mine); left != 0; left &= left - 1) {
+    const int lane = __ffs(left) - 1;
+    const unsigned to = __shfl_sync(~0u, there, lane);
+    const char* const at = (const char*)__shfl_sync(~0u, (unsigned long long)from, lane);
+    for (int i = threadIdx.x % 32 * 16; i < bytes; i += 512)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(at + i)
+                   : "memory");
+  }
+#endif
+}
+__device__ __forceinline__ void copies_issued(bool mine, uint64_t* barrier) {
+#if __CUDA_ARCH__ < 900
+  const unsigned at = (unsigned)__cvta_generic_to_shared(barrier);
+  for (unsigned left = __ballot_sync(~0u, mine); left != 0; left &= left - 1)
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(
+                     __shfl_sync(~0u, at, __ffs(left) - 1))
+                 : "memory");
+#endif
+}
+
+// A barrier of `threads` of a block, whole warps; 0 is __syncthreads.
+__device__ __forceinline__ void meet(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// 4, 8 or 16 bytes. Volatile, because nothing may move above `wait_for_inputs`.
+template <int WORDS>
+__device__ __forceinline__ void load_words(unsigned* to, const void* from) {
+  if constexpr (WORDS == 4)
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
+  else if constexpr (WORDS == 2)
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+                 : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+  else
+    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
+}
+__device__ __forceinline__ float load_float(const float* from) {
+  float x;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(from));
+  return x;
+}
+__device__ __forceinline__ half load_half(const half* from) {
+  unsigned short x;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(from));
+  return __ushort_as_half(x);
+}
+// One more has come to `counter`; the number before it, which `last` brings back to 0. Ordered
+// behind the block's writes before a barrier, and before its reads after the next.
+__device__ __forceinline__ unsigned count_up(unsigned* counter, unsigned last) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before) : "l"(counter), "r"(last) : "memory");
+  return before;
+}
+
 // As in NCCL's low-latency protocol, each 8 bytes travel with a 4-byte flag after each 4, in stores
 // of 16 bytes: the reader polls its own memory and needs no other signal.
 

@@ -82,18 +82,28 @@ def lower_attention(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> rel
         return relax.call_tir(kernel, [*tensors, layer], call.ty)
     sizes = {name: shapes[name] for name in ("head_dim", "page_size", "dtype")}
     if shapes["tokens"] is None:
-        if not sinks and attention_cuda.prefill_supported(**sizes, target=k.target, arch=k.arch):
+        if attention_cuda.prefill_supported(**sizes, target=k.target, arch=k.arch):
             kernel = k.kernel(
-                attention_cuda.prefill_attention, **shapes, target=k.target, arch=k.arch
+                attention_cuda.prefill_attention,
+                **shapes,
+                target=k.target,
+                arch=k.arch,
+                sinks=bool(sinks),
             )
         else:
             kernel = k.kernel(
                 attention.attention_prefill, **shapes, target=k.target, sinks=bool(sinks)
             )
         return relax.call_tir(kernel, [*tensors, layer], call.ty)
-    if not sinks and attention_cuda.supported(**sizes, target=k.target):
-        kernel = k.kernel(attention_cuda.decode_attention, **shapes, target=k.target)
-        types = [call.ty, *_decode_scratch(shapes)]
+    if attention_cuda.supported(**sizes, target=k.target):
+        kernel = k.kernel(
+            attention_cuda.decode_attention,
+            **shapes,
+            target=k.target,
+            arch=k.arch,
+            sinks=bool(sinks),
+        )
+        types = [call.ty, *_decode_scratch(shapes, k.arch)]
         results = k.bb.emit(relax.call_tir(kernel, [*tensors, layer], types))
         return relax.TupleGetItem(results, 0)
     n, heads, head_dim = shape_of(q)
@@ -139,8 +149,9 @@ def lower_append_attention(k: Kernels, call: relax.Call, args: list[relax.Expr])
             append="joined" if at == 2 else "apart",
             rotary=turned if turned < shapes["head_dim"] else None,
             target=k.target,
+            arch=k.arch,
         )
-        types = [out, *pages, *_decode_scratch(shapes)]
+        types = [out, *pages, *_decode_scratch(shapes, k.arch)]
         places = [-1, at, at + 1, -1, -1]
         results = k.bb.emit(relax.call_tir_inplace(kernel, tensors, places, types))
         return relax.Tuple([k.bb.emit(relax.TupleGetItem(results, i)) for i in range(3)])
@@ -174,12 +185,12 @@ def _cache_shapes(
     }
 
 
-def _decode_scratch(shapes: dict[str, Any]) -> list[relax.TensorType]:
+def _decode_scratch(shapes: dict[str, Any], arch: int) -> list[relax.TensorType]:
     tokens, heads, kv_heads, dim = (
         shapes[name] for name in ("tokens", "heads", "kv_heads", "head_dim")
     )
     plan = attention_cuda.decode_plan(
-        tokens=tokens, kv_heads=kv_heads, group=heads // kv_heads, head_dim=dim
+        tokens=tokens, kv_heads=kv_heads, group=heads // kv_heads, head_dim=dim, arch=arch
     )
     scratch = attention_cuda.decode_scratch(plan, tokens, heads, kv_heads, dim)
     return [relax.TensorType(shape, "float32") for shape in scratch]
