@@ -15,6 +15,7 @@ they were written.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -88,6 +89,8 @@ def saved_shapes(case: models.Case) -> dict[str, list[int]]:
 
 
 def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args()
     transformers.utils.logging.disable_progress_bar()
     shapes = {case.name: saved_shapes(case) for case in families.cases()}
     families.SHAPES.write_text(json.dumps(shapes, indent=1) + "\n")
