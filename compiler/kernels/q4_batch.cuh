@@ -269,7 +269,7 @@ __device__ __forceinline__ void consume(const unsigned* packed, const half* scal
   for (int r = 0; r < Z::kTiles; ++r)
 #pragma unroll
     for (int i = 0; i < Z::kTokens / 2; ++i) sums[r][i] = 0.f;
-  unsigned a[4][2][4];
+  unsigned a[2][2][4];
   int slot = 0, stage = split * 2 % Z::kStages, parity = split * 2 / Z::kStages % 2;
   for (int chunk = split; chunk < chunks; chunk += Z::kSplit) {
 #pragma unroll
@@ -297,18 +297,18 @@ __device__ __forceinline__ void consume(const unsigned* packed, const half* scal
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           unsigned upper[4], lower[4];
-          wait_for_products<3>();  // those that read a[i] are done
+          wait_for_products<1>();  // those that read this half of a are done
           unpack(words[0][i], factor[0], upper);
           unpack(words[1][i], factor[1], lower);
 #pragma unroll
           for (int s = 0; s < 2; ++s) {
-            a[i][s][0] = upper[2 * s], a[i][s][1] = lower[2 * s];
-            a[i][s][2] = upper[2 * s + 1], a[i][s][3] = lower[2 * s + 1];
+            a[i % 2][s][0] = upper[2 * s], a[i % 2][s][1] = lower[2 * s];
+            a[i % 2][s][2] = upper[2 * s + 1], a[i % 2][s][3] = lower[2 * s + 1];
           }
           begin_products();
           const unsigned tokens = base + (stage + q) * Z::kStage + i / 2 * Z::kTokens * 128;
-          multiply<Z::kTokens>(sums[r], a[i][0], tokens, i % 2 * 2);
-          multiply<Z::kTokens>(sums[r], a[i][1], tokens, i % 2 * 2 + 1);
+          multiply<Z::kTokens>(sums[r], a[i % 2][0], tokens, i % 2 * 2);
+          multiply<Z::kTokens>(sums[r], a[i % 2][1], tokens, i % 2 * 2 + 1);
           commit_products();
         }
       }

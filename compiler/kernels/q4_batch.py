@@ -34,7 +34,7 @@ _ROWS = 64  # of a tile
 _PITCH = 68  # floats, of the partial sums of a tile's rows
 _FORMS = [(1, 2, 2), (1, 3, 1), (1, 2, 1), (2, 1, 1)]  # split, teams, tiles
 # By blocks of a cluster: blocks that run at once on an H200, and microseconds that clusters cost.
-_CLUSTERS = {1: (PROCESSORS, 0.0), 2: (PROCESSORS, 1.0), 4: (120, 3.0), 8: (120, 4.0)}
+_CLUSTERS = {1: (PROCESSORS, 0.0), 2: (PROCESSORS, 1.0), 4: (120, 2.0), 8: (120, 2.5)}
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,9 @@ def plan(product: Product) -> Plan | None:
 
 def _with_rings(product: Product, p: Plan) -> Plan:
     """`p` with as much of x and of the weight under way as is of use and fits."""
-    few, warps = product.batch <= 32, p.split * p.teams
-    p = replace(p, stages=8 if few or p.split > 1 else 4)
-    # Two that bring the same stage would not see whose turn it is.
-    p = replace(p, bringers=8 if p.stages == 8 and warps == 2 else 4, depth=6)
+    # As many warps bring x as there are stages: two with the same stage could mistake their turns.
+    many = 8 if p.tiles == 1 and p.split * p.teams == 2 else 4
+    p = replace(p, stages=many, bringers=many, depth=6)
     while shared_bytes(product, p) > SHARED_BYTES_CLUSTERS:
         p = replace(p, depth=p.depth - 1)
     return p
