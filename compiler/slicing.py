@@ -25,7 +25,7 @@ Parts: TypeAlias = tuple[Array, ...]
 Read: TypeAlias = Callable[[], list[tuple[Ranks, Parts]]]
 """Reads one piece: slices, each with the ranks that hold it. May run on any thread."""
 
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 """Elements in a piece, whatever the size of the tensor; a longer row is a piece of its own."""
 
 
