@@ -41,13 +41,13 @@ def main() -> int:
         print(table(found))
         return 0
     for name in options.models.split(",") if options.models else PUBLISHED:
-        kind = f"{options.quantization}, batch {options.batch}"
+        kind = f"{scheme_of(name, options)}, batch {options.batch}"
         kind += ", expert-parallel" * options.expert_parallel
         row = found.setdefault(f"{name}, {kind}", {})
         for ranks in options.num_shards.split(","):
             if ranks in row and row[ranks]["error"] is None:
                 continue
-            row[ranks] = build(PUBLISHED[name], ranks, options)
+            row[ranks] = build(name, ranks, options)
             print(name, ranks, row[ranks], flush=True)
             options.results.write_text(json.dumps(found, indent=1) + "\n")
     failed = [(name, ranks) for name, row in found.items() for ranks in row if row[ranks]["error"]]
@@ -56,15 +56,21 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def build(config: dict[str, Any], ranks: str, options: argparse.Namespace) -> dict[str, Any]:
+def scheme_of(name: str, options: argparse.Namespace) -> str:
+    """What to quantize with: published quantized, a model stays so."""
+    own = "quantization_config" in PUBLISHED[name]
+    return "checkpoint" if own else str(options.quantization)
+
+
+def build(name: str, ranks: str, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds, bytes of the library, and the error's last lines or None."""
     with tempfile.TemporaryDirectory() as temporary:
         model, out = Path(temporary) / "model", Path(temporary) / "out"
         model.mkdir()
-        (model / "config.json").write_text(json.dumps(config))
+        (model / "config.json").write_text(json.dumps(PUBLISHED[name]))
         command = [
             *(sys.executable, "-m", "shardwright", "build", "--model", model, "-o", out),
-            *("--quantization", options.quantization, "--num-shards", ranks),
+            *("--quantization", scheme_of(name, options), "--num-shards", ranks),
             *("--target", "cuda", "--arch", options.arch, "--use-cuda-graph"),
             *("--max-batch-size", str(options.batch), "--build-model-only"),
         ]
