@@ -195,6 +195,9 @@ def main(
     events = [e for e in recorded if not e.name.startswith("Mem")]
     # A step ends with its sampler; the first and the last may be cut off.
     ends = [i for i, e in enumerate(events) if "sample_kernel" in e.name]
+    if len(ends) < 2:
+        # The device may have finished all of them before the recording began.
+        raise click.ClickException(f"no whole step in the recording of {steps}; take more --steps")
     inside = events[ends[0] + 1 : ends[-1] + 1]
     count = len(ends) - 1
     manifest = load_manifest(artefact)
