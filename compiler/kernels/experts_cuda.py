@@ -44,6 +44,14 @@ def shared_bytes(mats: int, warps: int) -> int:
     return warps * _STAGES * (mats * _TILE * 64 + _CHUNK * 2) + mats * warps * _TILE * 4
 
 
+def _name(
+    kind: str | int, rows: int, experts: int, top: int, cols: int, packing: Packing, flags: str
+) -> str:
+    """Of the device function: another for each that differs, since a name is emitted once."""
+    sizes = f"{rows}_{experts}_{top}_{cols}_{packing.group}_{packing.code}"
+    return f"shardwright_experts_{kind}_{sizes}{flags}"
+
+
 def _source(call: str, parameters: str, body: str) -> str:
     return (
         cuda_source("gemv_mma.cuh")
@@ -85,8 +93,7 @@ def experts_up(
     """As `experts.experts_up`, for few tokens."""
     words, scales, bias = _buffers(experts, rows, cols, packing, biased)
     sizes = [format_of(packing, cols), rows, experts, top, WARPS_UP, str(biased).lower()]
-    name = f"shardwright_experts_up_{rows}_{experts}_{top}_{cols}_{packing.group}_{packing.code}"
-    name += "_biased" if biased else ""
+    name = _name("up", rows, experts, top, cols, packing, "_biased" if biased else "")
     source = _source(
         name,
         f"{_UP}, const int* ids, const int* rank, half* h, float alpha, float limit, "
@@ -174,8 +181,7 @@ def experts_down(
     words, scales, biases = _buffers(experts, rows, cols, packing, biased)
     flags = [str(biased).lower(), str(split).lower()]
     sizes = [format_of(packing, cols), rows, experts, top, WARPS_DOWN, *flags]
-    name = f"shardwright_experts_down_{rows}_{experts}_{top}_{cols}_{packing.group}_{packing.code}"
-    name += "_".join(["", *flags])
+    name = _name("down", rows, experts, top, cols, packing, "_".join(["", *flags]))
     source = _source(
         name,
         "const half* h, const void* w, const void* w_scale, const void* bias, const int* ids, "
@@ -257,10 +263,7 @@ def experts_grouped(
     words, scales, bias = _buffers(experts, rows, cols, packing, biased)
     mats = 2 if gated else 1
     sizes = [format_of(packing, cols), mats, rows, top, str(biased).lower()]
-    name = (
-        f"shardwright_experts_{mats}_{rows}_{experts}_{top}_{cols}_{packing.group}_{packing.code}"
-    )
-    name += "_biased" if biased else ""
+    name = _name(mats, rows, experts, top, cols, packing, "_biased" if biased else "")
     source = _source(
         name,
         f"{_UP}, const int* order, const int* begin, half* y, float alpha, float limit, "
