@@ -54,6 +54,11 @@ def cuda_source(name: str) -> str:
     return (folder / "ptx.cuh").read_text() + (folder / name).read_text()
 
 
+def unpack_source() -> str:
+    """The CUDA source of `shardwright_q4_unpack`."""
+    return (Path(__file__).parent / "q4_unpack.cuh").read_text()
+
+
 def extent(count: int | None, name: str = "n") -> Any:
     """A number of tokens or rows as a buffer extent: an int, or a fresh symbolic int64."""
     return tirx.Var(name, "int64") if count is None else count

@@ -13,7 +13,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, launch_dependents
+from .common import SCHEDULED, launch_dependents, unpack_source
 from .gemv_common import Layout, Plan, Sizes, steps
 
 WARP = 32
@@ -21,26 +21,6 @@ WARPS = 8  # of a block
 FULL_GPU = 132 * 15  # warps that keep the memory of a large GPU busy
 SHARED_BYTES = 96 * 1024  # of x at a time; two blocks fit into a multiprocessor
 
-# 0x6400 is 1024 in half precision, whose last bits count ones: or-ing four bits into it makes
-# 1024 + nibble without a conversion. In the upper position they count sixteens.
-_UNPACK = """
-__device__ __forceinline__ void shardwright_q4_unpack(uint w, half s, uint* out) {
-  half2* o = reinterpret_cast<half2*>(out);
-  const half2 scale = __half2half2(s);
-  const half2 low = __half2half2(__ushort_as_half(0x6407));     // 1031
-  const half2 sixteenth = __half2half2(__ushort_as_half(0x2c00));  // 1 / 16
-  const half2 high = __half2half2(__ushort_as_half(0xd470));    // -71 = -(1024 / 16 + 7)
-  uint a, b, c, d, v = w >> 8;
-  asm("lop3.b32 %0, %1, 0x000f000f, 0x64006400, 0xea;" : "=r"(a) : "r"(w));
-  asm("lop3.b32 %0, %1, 0x00f000f0, 0x64006400, 0xea;" : "=r"(b) : "r"(w));
-  asm("lop3.b32 %0, %1, 0x000f000f, 0x64006400, 0xea;" : "=r"(c) : "r"(v));
-  asm("lop3.b32 %0, %1, 0x00f000f0, 0x64006400, 0xea;" : "=r"(d) : "r"(v));
-  o[0] = __hmul2(__hsub2(*reinterpret_cast<half2*>(&a), low), scale);
-  o[1] = __hmul2(__hfma2(*reinterpret_cast<half2*>(&b), sixteenth, high), scale);
-  o[2] = __hmul2(__hsub2(*reinterpret_cast<half2*>(&c), low), scale);
-  o[3] = __hmul2(__hfma2(*reinterpret_cast<half2*>(&d), sixteenth, high), scale);
-}
-"""
 _FMA2 = """
 __device__ __forceinline__ void shardwright_fma2(uint a, const half* b, half* acc) {
   half2* c = reinterpret_cast<half2*>(acc);
@@ -51,7 +31,7 @@ __device__ __forceinline__ void shardwright_fma2(uint a, const half* b, half* ac
 
 def _unpack(word: Any, scale: Any, out: Any) -> Any:
     """Eight elements of a word as four pairs of fp16: 0 4, 1 5, 2 6, 3 7."""
-    return T.cuda.func_call("shardwright_q4_unpack", word, scale, out, source_code=_UNPACK)
+    return T.cuda.func_call("shardwright_q4_unpack", word, scale, out, source_code=unpack_source())
 
 
 def _fma2(a: Any, b: Any, acc: Any) -> Any:

@@ -17,23 +17,6 @@ __device__ __forceinline__ void shardwright_q4_image(
   *reinterpret_cast<uint4*>(image + shardwright_q4::image_at(row, chunk, n, inner)) =
       *reinterpret_cast<uint4*>(eight);
 }
-__device__ __forceinline__ void shardwright_q4_pairs(unsigned w, half2 scale, unsigned* out) {
-  // 0x6400 is 1024 in half precision, whose last bits count ones, and those above them sixteens.
-  const half2 low = __half2half2(__ushort_as_half(0x6407));     // 1024 + 7
-  const half2 high = __half2half2(__ushort_as_half(0xd470));    // -(1024 / 16 + 7)
-  const half2 sixteenth = __half2half2(__ushort_as_half(0x2c00));  // 1 / 16
-  unsigned bits[4];
-  asm("lop3.b32 %0, %1, 0x000f000f, 0x64006400, 0xea;" : "=r"(bits[0]) : "r"(w));
-  asm("lop3.b32 %0, %1, 0x00f000f0, 0x64006400, 0xea;" : "=r"(bits[1]) : "r"(w));
-  asm("lop3.b32 %0, %1, 0x000f000f, 0x64006400, 0xea;" : "=r"(bits[2]) : "r"(w >> 8));
-  asm("lop3.b32 %0, %1, 0x00f000f0, 0x64006400, 0xea;" : "=r"(bits[3]) : "r"(w >> 8));
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const half2 v = *reinterpret_cast<half2*>(&bits[i]);
-    const half2 value = __hmul2(i % 2 ? __hfma2(v, sixteenth, high) : __hsub2(v, low), scale);
-    out[i] = *reinterpret_cast<const unsigned*>(&value);
-  }
-}
 namespace shardwright_q4 {
 constexpr int kStageBytes = 192 * 1024;
 
@@ -71,8 +54,8 @@ struct Lanes {
     const unsigned a4[4] = {words_a.x, words_a.y, words_a.z, words_a.w};
     const unsigned b4[4] = {words_b.x, words_b.y, words_b.z, words_b.w};
     unsigned x[4], y[4];
-    shardwright_q4_pairs(a4[i], __half2half2(factor_a), x);
-    shardwright_q4_pairs(b4[i], __half2half2(factor_b), y);
+    shardwright_q4_unpack(a4[i], factor_a, x);
+    shardwright_q4_unpack(b4[i], factor_b, y);
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       out[s][0] = x[2 * s];

@@ -20,7 +20,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED
+from .common import SCHEDULED, unpack_source
 
 TILE = 256
 """Tokens of an image's tile, and of the largest product at once."""
@@ -55,7 +55,7 @@ def image_source() -> str:
 
 
 def _source() -> str:
-    text = image_source() + Path(__file__).with_suffix(".cuh").read_text()
+    text = image_source() + unpack_source() + Path(__file__).with_suffix(".cuh").read_text()
     return text.replace("\nWGMMA\n", "\n" + "".join(map(_wgmma, (64, 128, 256))))
 
 
