@@ -89,7 +89,10 @@ class Program:
             buffer = self._inputs[name]
             view = buffer if buffer.shape == array.shape else buffer._create_view(array.shape)
             views[name] = view.copyfrom(array)
-        self._function(self._prefill)(*self._arguments(self._prefill, views))
+        function, arguments, places = self._prefill_call
+        for name, place in places.items():
+            arguments[place] = views[name]
+        function(*arguments)
 
     @property
     def peer_buffer(self) -> int | None:
@@ -103,6 +106,14 @@ class Program:
         self._bind_decode("_peer")
         if "prefill_peer" in self._manifest.functions:
             self._prefill = "prefill_peer"
+
+    @functools.cached_property
+    def _prefill_call(self) -> tuple[Callable[..., Any], list[Any], dict[str, int]]:
+        """The function, all of its arguments, and the places among them of a call's inputs."""
+        arguments = self._arguments(self._prefill, self._inputs)
+        names = [spec.name for spec in self._manifest.functions[self._prefill].args]
+        places = {name: names.index(name) for name in self._inputs}
+        return self._function(self._prefill), arguments, places
 
     def _bind_decode(self, suffix: str) -> None:
         """Bind the decode functions with `suffix`, or without where there is none of a bucket."""

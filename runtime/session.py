@@ -27,6 +27,9 @@ from shardwright.runtime.rows import (
 )
 from shardwright.runtime.sampling import SamplingParams
 
+Command = dict[str, Any]
+"""One for the workers: `op` and its arguments."""
+
 MIN_AHEAD, MAX_AHEAD = 16, 160
 """Fewest and most decode steps that a GPU has waiting."""
 
@@ -137,10 +140,10 @@ class Session:
         self._begin()
         self._rows = []  # until it has succeeded
         began = time.monotonic()
-        self._feed(after, [len(row) for row in before])
         # Plain sampling, so that `decode` spends no time on penalties.
         found = [Row(row) for row in after]
-        self._write_sampling(found)
+        feed = self._feed(after, [len(row) for row in before])
+        self._send([*feed, self._write_sampling(found)])
         logits = self._logits(len(rows))
         self._count("prefill", sum(map(len, rows)), began)
         self._rows = found
@@ -246,10 +249,9 @@ class Session:
         cached = [common_prefix(old, row.prompt) for old, row in zip(before, rows, strict=False)]
         self._rows = []
         began = time.monotonic()
-        # First, as it waits for the device: the sampler then follows the prefill at once.
-        self._write_sampling(rows)
-        self._feed([row.prompt for row in rows], cached)
-        self._controller.send("sample", rows=len(rows))
+        feed = self._feed([row.prompt for row in rows], cached)
+        # What writes waits for the device, so it comes first: the sampler then follows at once.
+        self._send([self._write_sampling(rows), *feed, {"op": "sample", "rows": len(rows)}])
         steps = self._steps(len(rows), max(row.limit for row in rows) - 1)
         phase, fed = "prefill", sum(len(row.prompt) for row in rows) - sum(cached)
         while not all(row.done for row in rows):
@@ -292,7 +294,10 @@ class Session:
         if call != self._call:
             raise UsageError("this generation ended when another call on the session began")
 
-    def _feed(self, rows: list[list[int]], cached: list[int]) -> None:
+    def _send(self, commands: list[Command]) -> None:
+        self._controller.send("several", commands=commands)
+
+    def _feed(self, rows: list[list[int]], cached: list[int]) -> Iterator[Command]:
         """Prefill each row from its first token that is not cached, in chunks over all rows."""
         limits = self.manifest.limits
         for pieces in chunks(rows, cached, limits.prefill_chunk_size):
@@ -301,11 +306,11 @@ class Session:
                 end += len(tokens)
                 if start + len(tokens) == length:
                     last[row] = end - 1
-            self._controller.send("prefill", pieces=pieces, last=last)
+            yield {"op": "prefill", "pieces": pieces, "last": last}
 
-    def _write_sampling(self, rows: list[Row]) -> None:
+    def _write_sampling(self, rows: list[Row]) -> Command:
         state = sampling_state(rows, self.manifest.limits.max_batch_size)
-        self._controller.send("write", state=state)
+        return {"op": "write", "state": state}
 
     def _logits(self, rows: int) -> npt.NDArray[np.float32]:
         self._controller.send("logits", rows=rows)

@@ -69,11 +69,14 @@ class Worker:
         try:
             if not self._failed:
                 with activate(self._collectives), self._device.scope():
-                    getattr(self, "do_" + command.pop("op"))(**command)
+                    self._run(command)
         except BaseException as error:
             self._fail(error)
         finally:
             self.completed += 1
+
+    def _run(self, command: dict[str, Any]) -> None:
+        getattr(self, "do_" + command.pop("op"))(**command)
 
     def abort(self) -> None:
         """Break off what this rank waits for. For any thread."""
@@ -168,6 +171,11 @@ class Worker:
             self._device.wait()
         # The barrier is behind: every rank has loaded, and written its memory.
         self._publish("loaded", None)
+
+    def do_several(self, commands: list[dict[str, Any]]) -> None:
+        """Run commands one after the other: each message takes about 0.2 ms on the way."""
+        for command in commands:
+            self._run(command)
 
     def do_prefill(self, pieces: list[Piece], last: list[int]) -> None:
         """Feed a chunk; `last` is each row's final token in it, by index, or -1."""
