@@ -15,6 +15,7 @@ using std::min;
 typedef unsigned uint;
 typedef _Float16 half;
 struct half2 { half x, y; };
+struct float2 { float x, y; };
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
@@ -24,6 +25,10 @@ inline half2 __hsub2(half2 a, half2 b) { return {half(a.x - b.x), half(a.y - b.y
 inline half2 __hfma2(half2 a, half2 b, half2 c) {
   return {half((float)a.x * (float)b.x + (float)c.x), half((float)a.y * (float)b.y + (float)c.y)};
 }
+inline half2 __hmul2(half2 a, half2 b) { return {half(a.x * b.x), half(a.y * b.y)}; }
+inline half2 __hadd2(half2 a, half2 b) { return {half(a.x + b.x), half(a.y + b.y)}; }
+inline float2 __half22float2(half2 v) { return {(float)v.x, (float)v.y}; }
+inline half2 __floats2half2_rn(float x, float y) { return {half(x), half(y)}; }
 inline float __half2float(half v) { return v; }
 inline half __float2half(float v) { return v; }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
@@ -54,6 +59,16 @@ inline Warp& warp() { return block->warps[threadIdx.x / 32]; }
 inline char* base() { return reinterpret_cast<char*>(block->shared.data()); }
 inline void __syncthreads() { block->meet.arrive_and_wait(); }
 inline void __syncwarp() { warp().meet.arrive_and_wait(); }
+
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  const int lane = threadIdx.x % 32;
+  memcpy(warp().x[lane], &value, 4);
+  __syncwarp();
+  float other;
+  memcpy(&other, warp().x[lane ^ mask], 4);
+  __syncwarp();
+  return other;
+}
 
 namespace shardwright {
 inline void wait_for_inputs() {}

@@ -20,6 +20,8 @@ CASES = {
     "fp16, 9 tokens, cluster": (Product(9, 40, 392), Plan(128, 1, 3, 1, 2, 2)),
     "fp16, gated, phases": (Product(3, 22, 520, 0, True), Plan(128, 2, 2, 2, 1, 1, 3)),
     "q4": (Product(1, 37, 1088, 32), Plan(256, 1, 2, 2, 1)),
+    "q4, gated, one token": (Product(1, 44, 1024, 32, True), Plan(128, 1, 3, 2, 2)),
+    "q4, group 128, one token, phases": (Product(1, 21, 1536, 128), Plan(128, 1, 2, 2, 1, 1, 2)),
     "q4, gated, 10 tokens": (Product(10, 42, 448, 32, True), Plan(128, 1, 2, 1, 2)),
     "q4, group 64, cluster": (Product(2, 17, 896, 64), Plan(128, 1, 2, 1, 1, 2, 2)),
     "q4, group 128": (Product(8, 33, 768, 128), Plan(128, 1, 4, 1, 2)),
@@ -38,7 +40,8 @@ def library(tmp_path_factory):
         text += f"""
 extern "C" void case_{i}(const half* x, const void* w, const half* scale, half* out) {{
   run_grid({blocks}, {plan.cluster}, {threads}, {shared_of(product, plan)}, [&](char* shared) {{
-    shardwright_gemv::product<{sizes}>(x, w, scale, out, shared);
+    using namespace shardwright_gemv;
+    product<{sizes}>(PlainInput{{x}}, w, scale, PlainOutput<half>{{out}}, shared);
   }});
 }}
 """

@@ -127,6 +127,10 @@ struct Sizes {
   static constexpr int kBlocks32 = kElements / 32;        // pieces of 32 elements of a chunk
   static constexpr int kPieces = kSteps * kSplit * kBlocks32 * 4;  // 16 bytes of x, of a token
   static constexpr int kTokens8 = (kBatch + 7) / 8;
+  // Of one token and four bits each group of 32 elements has a column of its own: see `consume`.
+  static constexpr bool kColumns = kBatch == 1 && kQ4;
+  static constexpr int kGroups = kColumns ? kPieces / 4 : 0;  // of x
+  static_assert(!kColumns || (kTiles == 1 && kBlocks32 % 8 == 0), "a chunk fills columns");
   static constexpr int kOutputsOf = kGated ? 8 : 16;      // a tile has
 };
 
@@ -192,43 +196,134 @@ struct Copies {
   }
 };
 
-// A phase's part of x to shared memory as [32 elements][token][16 bytes of lane t], in the order in
-// which the lanes hold the weight.
+// x in shared memory: [32 elements][token][16 bytes of lane t], in the order in which the lanes hold
+// the weight, and for columns what each group adds to its sum, then a piece of zeros.
 template <class Z>
-__device__ __forceinline__ void stage(const half* x, char* staged, int phase, int rank) {
-  constexpr int kCount = Z::kBatch * Z::kPieces, kOfStep = Z::kSplit * Z::kBlocks32 * 4;
-  constexpr int kMost = (kCount + Z::kThreads - 1) / Z::kThreads, kUnroll = kMost < 8 ? kMost : 8;
-  // Blocks start at different places: all reading the same bytes at once would be slow.
-  const int turn = blockIdx.x * 37 % (kCount / 4) * 4;
-  for (int base = threadIdx.x; base < kCount; base += Z::kThreads * kUnroll) {
-    uint4 pieces[kUnroll];
+struct Staged {
+  char* pieces;
+
+  __device__ __forceinline__ float* added() const {
+    return reinterpret_cast<float*>(pieces + Z::kPieces * Z::kBatch * 16);
+  }
+  __device__ __forceinline__ char* zeros() const {
+    return pieces + Z::kPieces * Z::kBatch * 16 + Z::kGroups * 4;
+  }
+  __device__ __forceinline__ float* partial() const {  // what lies behind x
+    return reinterpret_cast<float*>(zeros() + (Z::kColumns ? 16 : 0));
+  }
+
+  // Elements 8 e to 8 e + 7 of a token; by four lanes together, which have four pieces in a row.
+  __device__ __forceinline__ void put(int token, int e, uint4 v) const {
+    unsigned* to = reinterpret_cast<unsigned*>(pieces + (e / 4 * Z::kBatch + token) * 64);
+    if (!Z::kQ4) {
+      to += e % 4;
+      to[0] = v.x, to[4] = v.y, to[8] = v.z, to[12] = v.w;
+      return;
+    }
+    unsigned words[4] = {__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632),
+                         __byte_perm(v.y, v.w, 0x5410), __byte_perm(v.y, v.w, 0x7632)};
+    if (Z::kColumns) {
+      // Codes arrive with 1024 added and every second pair times 16; both have 7 too many.
+      const half2 sixteenth = __half2half2(__ushort_as_half(0x2c00));
+      float sum = 0.f;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      int i = base + u * Z::kThreads + turn;
-      i = i < kCount ? i : i - kCount;
-      const int token = i / Z::kPieces, e = i % Z::kPieces;
-      const int step = phase * Z::kSteps + e / kOfStep;
-      const int at = (step * Z::kCluster + rank) * kOfStep + e % kOfStep;
-      pieces[u] = make_uint4(0, 0, 0, 0);
-      if (base + u * Z::kThreads < kCount && (Z::kWhole || at < Z::kInner / 8))
-        pieces[u] = *reinterpret_cast<const uint4*>(x + token * Z::kInner + at * 8);
+      for (int i = 0; i < 4; ++i) {
+        half2* const pair = reinterpret_cast<half2*>(&words[i]);
+        if (i % 2) *pair = __hmul2(*pair, sixteenth);
+        const float2 f = __half22float2(*pair);
+        sum -= (i % 2 ? 1024.f + 16.f * 7.f : 1024.f + 7.f) * (f.x + f.y);
+      }
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      if (e % 4 == 0) added()[e / 4] = sum;
+    }
+    *reinterpret_cast<uint4*>(to + e % 4 * 4) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+};
+
+// x of a product as it lies in memory.
+struct PlainInput {
+  static constexpr bool kWaits = true;  // for the kernels in front, before x
+  const half* x;
+
+  __device__ __forceinline__ void before() {}  // what may be read before the kernels in front end
+  // A phase's part of x.
+  template <class Z>
+  __device__ __forceinline__ void stage(Staged<Z> staged, int phase, int rank) const {
+    constexpr int kCount = Z::kBatch * Z::kPieces, kOfStep = Z::kSplit * Z::kBlocks32 * 4;
+    constexpr int kMost = (kCount + Z::kThreads - 1) / Z::kThreads, kUnroll = kMost < 8 ? kMost : 8;
+    // Blocks start at different places: all reading the same bytes at once would be slow.
+    const int turn = blockIdx.x * 37 % (kCount / 4) * 4;
+    for (int base = threadIdx.x; base < kCount; base += Z::kThreads * kUnroll) {
+      uint4 pieces[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        int i = base + u * Z::kThreads + turn;
+        i = i < kCount ? i : i - kCount;
+        const int token = i / Z::kPieces, e = i % Z::kPieces;
+        const int step = phase * Z::kSteps + e / kOfStep;
+        const int at = (step * Z::kCluster + rank) * kOfStep + e % kOfStep;
+        pieces[u] = make_uint4(0, 0, 0, 0);
+        if (base + u * Z::kThreads < kCount && (Z::kWhole || at < Z::kInner / 8))
+          pieces[u] = *reinterpret_cast<const uint4*>(x + token * Z::kInner + at * 8);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        int i = base + u * Z::kThreads + turn;
+        i = i < kCount ? i : i - kCount;
+        if (base + u * Z::kThreads < kCount) staged.put(i / Z::kPieces, i % Z::kPieces, pieces[u]);
+      }
+    }
+  }
+};
+
+// Of groups of 32 elements `group` and the next, the scales of a row of a chunk.
+template <int kGroup>
+__device__ __forceinline__ float2 scales_of(const char* row, int group) {
+  if (kGroup == 32) return __half22float2(*reinterpret_cast<const half2*>(row + group * 2));
+  const float one = __half2float(*reinterpret_cast<const half*>(row + group * 32 / kGroup * 2));
+  return float2{one, one};
+}
+
+// One chunk of a tile times one token: `sums` of rows lane / 4 and 8 more, of each lane a part.
+//
+// The eight columns of a product on tensor cores are eight groups of 32 elements: a column has x of its
+// group and zeros for the others'. So what a group's sum is multiplied by and corrected by is done
+// once for each row and group, by all lanes, and unpacking needs no arithmetic: codes go in with the
+// 1024 that they were or-ed into.
+template <class Z>
+__device__ __forceinline__ void consume_columns(float (&sums)[2], unsigned source,
+                                                const char* scales, Staged<Z> x, int first_group) {
+  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  source += lane % 16 * Z::kPitch + lane / 16 * 16;
+  const char* const mine = x.pieces + (first_group + g) * 64 + c * 16;
+  const char* const zeros = x.zeros();
+#pragma unroll
+  for (int part = 0; part < Z::kBlocks32 / 8; ++part) {
+    const float2 start =
+        *reinterpret_cast<const float2*>(x.added() + first_group + part * 8 + 2 * c);
+    // Two sums, which do not wait for each other.
+    float sum[2][4] = {{start.x, start.y, start.x, start.y}, {}};
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const uint4 w = load_matrices(source + part * 128 + q * 32);
+#pragma unroll
+      for (int p = 0; p < 2; ++p) {
+        const char* const from = g == q * 2 + p ? mine + part * 512 : zeros;
+        const uint4 by = *reinterpret_cast<const uint4*>(from);
+        const unsigned upper = p ? w.z : w.x, lower = p ? w.w : w.y;
+        multiply(sum[0], masked<0x000f000f>(upper), masked<0x000f000f>(lower),
+                 masked<0x00f000f0>(upper), masked<0x00f000f0>(lower), by.x, by.y);
+        multiply(sum[1], masked<0x000f000f>(upper >> 8), masked<0x000f000f>(lower >> 8),
+                 masked<0x00f000f0>(upper >> 8), masked<0x00f000f0>(lower >> 8), by.z, by.w);
+      }
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      int i = base + u * Z::kThreads + turn;
-      i = i < kCount ? i : i - kCount;
-      const int token = i / Z::kPieces, e = i % Z::kPieces;
-      if (base + u * Z::kThreads >= kCount) continue;
-      const uint4 v = pieces[u];
-      unsigned* to = reinterpret_cast<unsigned*>(staged + (e / 4 * Z::kBatch + token) * 64);
-      if (Z::kQ4) {
-        *reinterpret_cast<uint4*>(to + e % 4 * 4) =
-            make_uint4(__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632),
-                       __byte_perm(v.y, v.w, 0x5410), __byte_perm(v.y, v.w, 0x7632));
-      } else {
-        to += e % 4;
-        to[0] = v.x, to[4] = v.y, to[8] = v.z, to[12] = v.w;
-      }
+    for (int h = 0; h < 2; ++h) {
+      const float2 by =
+          scales_of<Z::kGroup>(scales + (8 * h + g) * Z::kScalePitch, part * 8 + 2 * c);
+      sums[h] += (sum[0][2 * h] + sum[1][2 * h]) * by.x +
+                 (sum[0][2 * h + 1] + sum[1][2 * h + 1]) * by.y;
     }
   }
 }
@@ -291,10 +386,25 @@ __device__ __forceinline__ void consume(float (&sums)[Z::kTiles][Z::kTokens8][4]
   }
 }
 
+// The result of a product in memory.
+template <class Out>
+struct PlainOutput {
+  using Type = Out;
+  Out* out;
+
+  __device__ __forceinline__ void before() {}  // what may be read before the kernels in front end
+  __device__ __forceinline__ void after() {}   // the same behind their end
+  template <class Z>
+  __device__ __forceinline__ void put(int token, int output, Out value) const {
+    out[(long long)token * Z::kOutputs + output] = value;
+  }
+};
+
 // `scale` may be anything for an fp16 weight; `shared` is 16-byte aligned; every thread calls it.
-template <class Z, class Out>
-__device__ __forceinline__ void product(const half* x, const void* weight, const half* scale,
-                                        Out* out, char* shared) {
+template <class Z, class Input, class Output>
+__device__ __forceinline__ void product(Input input, const void* weight, const half* scale,
+                                        Output output_to, char* shared) {
+  using Out = typename Output::Type;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const int split = warp % Z::kSplit, team = warp / Z::kSplit;
   const int rank = blockIdx.x % Z::kCluster, part = blockIdx.x / Z::kCluster;
@@ -306,8 +416,8 @@ __device__ __forceinline__ void product(const half* x, const void* weight, const
   const int takes = (count + kTake - 1) / kTake;
   const int mine = takes > team ? (takes - team + Z::kTeams - 1) / Z::kTeams : 0;
   const int height = ((Z::kOutputs + parts - 1) / parts + kTake - 1) / kTake * Z::kRows;
-  char* staged = shared + Z::kSplit * Z::kTeams * Z::kDepth * Z::kSlot;
-  float* partial = reinterpret_cast<float*>(staged + Z::kPieces * Z::kBatch * 16);
+  const Staged<Z> staged{shared + Z::kSplit * Z::kTeams * Z::kDepth * Z::kSlot};
+  float* const partial = staged.partial();
 
   using Ahead = Copies<Z>;
   Ahead ahead;
@@ -332,13 +442,18 @@ __device__ __forceinline__ void product(const half* x, const void* weight, const
     if (d < items) ahead.issue(rank, split);
     commit_copies();
   }
-  shardwright::wait_for_inputs();
+  if (Z::kColumns && tid == 0)
+    *reinterpret_cast<uint4*>(staged.zeros()) = make_uint4(0, 0, 0, 0);
+  input.before(), output_to.before();
+  if (Input::kWaits) shardwright::wait_for_inputs();
+  output_to.after();
   int slot = 0;
   for (int phase = 0; phase < Z::kPhases; ++phase) {
     if (phase) __syncthreads();
-    stage<Z>(x, staged, phase, rank);
+    input.stage(staged, phase, rank);
     __syncthreads();
     float sums[Z::kTiles][Z::kTokens8][4] = {};
+    float rows[2] = {};  // of columns
     int step = 0, take = team;
     for (int i = 0; i < of_phase; ++i) {
       wait_for_copies<Z::kDepth - 2>();
@@ -347,10 +462,22 @@ __device__ __forceinline__ void product(const half* x, const void* weight, const
       commit_copies();
       const char* source = ring + slot * Z::kSlot;
       if (++slot == Z::kDepth) slot = 0;
-      consume<Z>(sums, address(source), source + Z::kRows * Z::kPitch,
-                 staged + (step * Z::kSplit + split) * Z::kBlocks32 * Z::kBatch * 64 +
-                     lane % 4 * 16);
+      const int group = (step * Z::kSplit + split) * Z::kBlocks32;
+      if constexpr (Z::kColumns)
+        consume_columns<Z>(rows, address(source), source + Z::kRows * Z::kPitch, staged, group);
+      else
+        consume<Z>(sums, address(source), source + Z::kRows * Z::kPitch,
+                   staged.pieces + group * Z::kBatch * 64 + lane % 4 * 16);
       if (++step < Z::kSteps) continue;
+      if constexpr (Z::kColumns) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          rows[h] += __shfl_xor_sync(~0u, rows[h], 1);
+          rows[h] += __shfl_xor_sync(~0u, rows[h], 2);
+          // To where the sums of column 0 are.
+          sums[0][0][2 * h] = rows[h], rows[h] = 0.f;
+        }
+      }
 #pragma unroll
       for (int r = 0; r < Z::kTiles; ++r)
 #pragma unroll
@@ -391,7 +518,7 @@ __device__ __forceinline__ void product(const half* x, const void* weight, const
       const float gate = (float)rounded<Out>(sum);
       sum = gate / (1.f + expf(-gate)) * (float)rounded<Out>(value);
     }
-    out[(long long)token * Z::kOutputs + first + output] = rounded<Out>(sum);
+    output_to.template put<Z>(token, first + output, rounded<Out>(sum));
   }
   if (Z::kCluster > 1) shardwright::cluster_meet();  // its blocks still read this one's memory
 }

@@ -98,7 +98,9 @@ class Product:
         rows = p.tiles * TILE
         take = rows // 2 if self.gated else rows
         height = _ceil(_ceil(self.outputs, self.parts(p)), take) * rows
-        return ring + (steps * elements * 2 + height * 4) * p.split * self.batch
+        # Of one token and four bits also what each group of x adds, and a piece of zeros.
+        columns = steps * p.split * elements // 32 * 4 + 16 if self.batch == 1 and self.group else 0
+        return ring + (steps * elements * 2 + height * 4) * p.split * self.batch + columns
 
     def tiles(self, p: Plan) -> int:
         """Tiles of a block."""
@@ -205,8 +207,9 @@ def gemv_mma(
     source = cuda_source("gemv_mma.cuh") + (
         f"__device__ __forceinline__ void {name}(const half* x, const void* weight, "
         f"const half* scale, {out_type}* out, void* shared) {{\n"
-        f"  shardwright_gemv::product<shardwright_gemv::Sizes<{template}>>("
-        "x, weight, scale, out, static_cast<char*>(shared));\n}\n"
+        "  using namespace shardwright_gemv;\n"
+        f"  product<Sizes<{template}>>(PlainInput{{x}}, weight, scale, "
+        f"PlainOutput<{out_type}>{{out}}, static_cast<char*>(shared));\n}}\n"
     )
     blocks, threads = product.parts(p) * p.cluster, p.split * p.teams * 32
     shared_bytes = product.shared(p)
