@@ -5,7 +5,6 @@
 #include "emulated_gemv.h"
 
 struct float4 { float x, y, z, w; };
-inline half2 __hmul2(half2 a, half2 b) { return {half(a.x * b.x), half(a.y * b.y)}; }
 inline float __expf(float x) { return std::exp(x); }
 
 namespace shardwright_q4_batch {

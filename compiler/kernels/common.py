@@ -48,6 +48,11 @@ _WAIT = _SM90.format(
 )
 
 
+LAUNCHED_EARLY = "shardwright.launched_early"
+"""Attribute of a kernel that lets the next one start in its device function."""
+SCHEDULED_EARLY = SCHEDULED | {LAUNCHED_EARLY: True}
+
+
 def cuda_source(name: str) -> str:
     """The text of a `.cuh` file of this folder, with `ptx.cuh` before it."""
     folder = Path(__file__).parent

@@ -392,8 +392,10 @@ struct PlainOutput {
   using Type = Out;
   Out* out;
 
+  template <class Z>
   __device__ __forceinline__ void before() {}  // what may be read before the kernels in front end
-  __device__ __forceinline__ void after() {}   // the same behind their end
+  template <class Z>
+  __device__ __forceinline__ void after() {}  // and what may not
   template <class Z>
   __device__ __forceinline__ void put(int token, int output, Out value) const {
     out[(long long)token * Z::kOutputs + output] = value;
@@ -444,9 +446,9 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
   }
   if (Z::kColumns && tid == 0)
     *reinterpret_cast<uint4*>(staged.zeros()) = make_uint4(0, 0, 0, 0);
-  input.before(), output_to.before();
+  input.before(), output_to.template before<Z>();
   if (Input::kWaits) shardwright::wait_for_inputs();
-  output_to.after();
+  output_to.template after<Z>();
   int slot = 0;
   for (int phase = 0; phase < Z::kPhases; ++phase) {
     if (phase) __syncthreads();

@@ -16,11 +16,13 @@ of x.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, cuda_source, launch_dependents
+from .common import SCHEDULED, SCHEDULED_EARLY, cuda_source, launch_dependents
 
 MAX_BATCH = 16
 """Most tokens of a product."""
@@ -182,6 +184,17 @@ def sizes(product: Product, p: Plan) -> str:
     return ", ".join(str(int(value)) for value in values)
 
 
+def normed_plan(product: Product) -> Plan | None:
+    """The plan for a product that computes its x itself: `add_norm_gemv_mma`, `sum_norm_gemv_mma`.
+
+    On GPUs with clusters. Of one token and four bits, with all of x in each block.
+    """
+    if product.batch != 1 or not product.group:
+        return None
+    p = plan(product, clusters=True)
+    return p if p is not None and p.phases == 1 and p.cluster == 1 else None
+
+
 def gemv_mma(
     *,
     batch: int,
@@ -202,7 +215,7 @@ def gemv_mma(
     product = Product(batch, out_features, in_features, group, gated)
     p, outputs = tuned, product.outputs
     template = sizes(product, tuned)
-    name = f"shardwright_gemv_{template.replace(', ', '_')}_{out_dtype}"
+    name = f"shardwright_gemv_{_identifier(template)}_{out_dtype}"
     out_type = {"float16": "half", "float32": "float"}[out_dtype]
     source = cuda_source("gemv_mma.cuh") + (
         f"__device__ __forceinline__ void {name}(const half* x, const void* weight, "
@@ -266,3 +279,276 @@ def gemv_mma(
                         multiply(x, packed, scale, out)
 
     return q4_gemv_mma
+
+
+def _identifier(template: str) -> str:
+    return template.replace(", ", "_")
+
+
+@dataclass(frozen=True)
+class _OneToken:
+    """A product of one token with a four-bit weight and its device function, of `gemv_sum.cuh`."""
+
+    product: Product
+    plan: Plan
+    name: str
+    source: str
+
+    @property
+    def blocks(self) -> int:
+        return self.product.parts(self.plan)
+
+    @property
+    def threads(self) -> int:
+        return self.plan.split * self.plan.teams * 32
+
+    @property
+    def shared(self) -> int:
+        return self.product.shared(self.plan)
+
+    def call(self, *args: Any) -> Any:
+        """Its call in a kernel."""
+        return T.cuda.func_call(self.name, *args, source_code=self.source)
+
+
+_CUDA_TYPE = {"float16": "half", "float32": "float"}
+
+
+def _one_token(kind: str, product: Product, tuned: Plan, ranks: int, out_dtype: str) -> _OneToken:
+    """The device function for a product whose x is a sum's norm, or whose result is sent."""
+    out, template = _CUDA_TYPE[out_dtype], sizes(product, tuned)
+    name = f"shardwright_gemv_{kind}_{_identifier(template)}_{ranks}_{out_dtype}"
+    exchange = (
+        "const int64_t* peers, const int* calls, const int* rank, int64_t index, int count, "
+        "int first_word, "
+    )
+    where = "Exchange{peers, calls, rank, (int)index, count, (unsigned)first_word}"
+    if kind == "send":
+        given = f"const half* x, {exchange}"
+        input_, output = "PlainInput{x}", f"SentOutput<{ranks}>{{{where}}}"
+    else:
+        given = (
+            "const half* residual, const half* y, const half* norm, half* sum, float epsilon, "
+            f"{exchange if ranks > 1 else ''}{out}* out, "
+        )
+        where = where if ranks > 1 else "{}"
+        input_ = f"SumInput<Z, {ranks}>{{residual, y, norm, sum, epsilon, {where}}}"
+        output = f"PlainOutput<{out}>{{out}}"
+    folder = Path(__file__).parent
+    source = cuda_source("gemv_mma.cuh") + (folder / "gemv_sum.cuh").read_text()
+    given += "const void* weight, const half* scale, void* shared"
+    source += f"""
+__device__ __forceinline__ void {name}({given}) {{
+  using namespace shardwright_gemv;
+  using Z = Sizes<{template}>;
+  product<Z>({input_}, weight, scale, {output}, static_cast<char*>(shared));
+}}
+"""
+    return _OneToken(product, tuned, name, source)
+
+
+def add_norm_gemv_mma(
+    *,
+    out_features: int,
+    in_features: int,
+    out_dtype: str,
+    tuned: Plan,
+    group: int,
+    eps: float,
+    gated: bool = False,
+) -> tirx.PrimFunc:
+    """A residual's sum and norm, and the product of that with a four-bit weight, for one token.
+
+    `(residual [1,K] f16, y [1,K] f16, norm [K] f16, packed [N,K/8] u32, scale [N,K/group] f16) ->
+    (residual + y [1,K], the product [1,N])`. Sums are rounded as by separate kernels; `gated` is as
+    for `gemv_mma`, `tuned` is from `normed_plan`.
+    """
+    k, product = in_features, Product(1, out_features, in_features, group, gated)
+    f = _one_token("add_norm", product, tuned, 1, out_dtype)
+
+    @T.prim_func(s_tir=True)
+    def add_norm_gemv_mma(
+        residual_h: T.handle,
+        y_h: T.handle,
+        norm_h: T.handle,
+        packed_h: T.handle,
+        scale_h: T.handle,
+        sum_h: T.handle,
+        out_h: T.handle,
+    ):
+        T.func_attr(SCHEDULED)
+        residual = T.match_buffer(residual_h, (1, k), "float16")
+        y = T.match_buffer(y_h, (1, k), "float16")
+        norm = T.match_buffer(norm_h, (k,), "float16")
+        packed = T.match_buffer(packed_h, (out_features, k // 8), "uint32")
+        scale = T.match_buffer(scale_h, (out_features, k // group), "float16")
+        total = T.match_buffer(sum_h, (1, k), "float16")
+        out = T.match_buffer(out_h, (1, product.outputs), out_dtype)
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
+                for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
+                    launch_dependents("cuda")
+                    gemv_shared = T.alloc_buffer((f.shared,), "uint8", scope="shared.dyn")
+                    with T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 1):
+                        T.evaluate(
+                            f.call(
+                                residual.data,
+                                y.data,
+                                norm.data,
+                                total.data,
+                                T.float32(eps),
+                                out.data,
+                                packed.data,
+                                scale.data,
+                                gemv_shared.data,
+                            )
+                        )
+
+    return add_norm_gemv_mma
+
+
+def send_gemv_mma(
+    *,
+    out_features: int,
+    in_features: int,
+    tuned: Plan,
+    group: int,
+    ranks: int,
+    count: int,
+    first_word: int,
+) -> tirx.PrimFunc:
+    """A product whose result goes to all ranks as a summand, for one token and a four-bit weight.
+
+    `(x [1,K] f16, packed, scale, peers [ranks+1] i64, calls [rows] i32, rank [1] i32, index i64) ->
+    done [1] i32`. `sum_norm_gemv_mma` of the same `index` receives it; `index` counts those of a
+    step, of which there are `count`. `calls[0]` counts steps. What is sent goes to the words of the
+    ranks' buffers from `first_word` on, [2, ranks, N]. `done` is not written: it stands for the
+    order of the two.
+    """
+    k, product = in_features, Product(1, out_features, in_features, group)
+    f = _one_token("send", product, tuned, ranks, "float16")
+
+    @T.prim_func(s_tir=True)
+    def send_gemv_mma(
+        x_h: T.handle,
+        packed_h: T.handle,
+        scale_h: T.handle,
+        peers_h: T.handle,
+        calls_h: T.handle,
+        rank_h: T.handle,
+        index: T.int64,
+        done_h: T.handle,
+    ):
+        # The device function lets the next kernel start, once this one has waited for its input.
+        T.func_attr(SCHEDULED_EARLY)
+        rows = T.int64()
+        x = T.match_buffer(x_h, (1, k), "float16")
+        packed = T.match_buffer(packed_h, (out_features, k // 8), "uint32")
+        scale = T.match_buffer(scale_h, (out_features, k // group), "float16")
+        peers = T.match_buffer(peers_h, (ranks + 1,), "int64")
+        calls = T.match_buffer(calls_h, (rows,), "int32")
+        rank = T.match_buffer(rank_h, (1,), "int32")
+        _done = T.match_buffer(done_h, (1,), "int32")
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
+                for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
+                    gemv_shared = T.alloc_buffer((f.shared,), "uint8", scope="shared.dyn")
+                    with T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 1):
+                        T.evaluate(
+                            f.call(
+                                x.data,
+                                peers.data,
+                                calls.data,
+                                rank.data,
+                                index,
+                                count,
+                                first_word,
+                                packed.data,
+                                scale.data,
+                                gemv_shared.data,
+                            )
+                        )
+
+    return send_gemv_mma
+
+
+def sum_norm_gemv_mma(
+    *,
+    out_features: int,
+    in_features: int,
+    out_dtype: str,
+    tuned: Plan,
+    group: int,
+    eps: float,
+    ranks: int,
+    count: int,
+    first_word: int,
+    gated: bool = False,
+) -> tirx.PrimFunc:
+    """As `add_norm_gemv_mma`, with what `send_gemv_mma` has sent on all ranks in place of y.
+
+    `(residual, norm, packed, scale, done, peers, calls, rank, index) -> (sum, out)`, arguments as
+    for those two. Summands are added in rank order, so that all ranks get the same bits.
+    """
+    k, product = in_features, Product(1, out_features, in_features, group, gated)
+    f = _one_token("sum_norm", product, tuned, ranks, out_dtype)
+
+    @T.prim_func(s_tir=True)
+    def sum_norm_gemv_mma(
+        residual_h: T.handle,
+        norm_h: T.handle,
+        packed_h: T.handle,
+        scale_h: T.handle,
+        done_h: T.handle,
+        peers_h: T.handle,
+        calls_h: T.handle,
+        rank_h: T.handle,
+        index: T.int64,
+        sum_h: T.handle,
+        out_h: T.handle,
+    ):
+        T.func_attr(SCHEDULED)
+        rows = T.int64()
+        residual = T.match_buffer(residual_h, (1, k), "float16")
+        norm = T.match_buffer(norm_h, (k,), "float16")
+        packed = T.match_buffer(packed_h, (out_features, k // 8), "uint32")
+        scale = T.match_buffer(scale_h, (out_features, k // group), "float16")
+        _done = T.match_buffer(done_h, (1,), "int32")
+        peers = T.match_buffer(peers_h, (ranks + 1,), "int64")
+        calls = T.match_buffer(calls_h, (rows,), "int32")
+        rank = T.match_buffer(rank_h, (1,), "int32")
+        total = T.match_buffer(sum_h, (1, k), "float16")
+        out = T.match_buffer(out_h, (1, product.outputs), out_dtype)
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
+                for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
+                    launch_dependents("cuda")
+                    gemv_shared = T.alloc_buffer((f.shared,), "uint8", scope="shared.dyn")
+                    with T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 1):
+                        T.evaluate(
+                            f.call(
+                                residual.data,
+                                residual.data,
+                                norm.data,
+                                total.data,
+                                T.float32(eps),
+                                peers.data,
+                                calls.data,
+                                rank.data,
+                                index,
+                                count,
+                                first_word,
+                                out.data,
+                                packed.data,
+                                scale.data,
+                                gemv_shared.data,
+                            )
+                        )
+
+    return sum_norm_gemv_mma

@@ -11,6 +11,13 @@ __device__ __forceinline__ void wait_for_inputs() {
 #endif
 }
 
+// From here on the next kernel may start.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // A barrier of a cluster, in two halves, and as one.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
