@@ -324,6 +324,11 @@ def build(directory: Path, archs: tuple[str, ...], tune: bool, only: str, match:
     funcs["q4_gemm_image"] = q4_gemm.q4_gemm_image()
     for group in {group for *_, group in Q4_GEMM}:
         funcs[f"q4_gemm_{group}"] = q4_gemm.q4_gemm(group=group)
+    for rows, group in {(rows, group) for _, rows, _, group in Q4_GEMM if rows % 256 == 0}:
+        half = rows // 2
+        funcs[f"q4_gemm_silu_{half}"] = q4_gemm.silu_mul_image(features=half)
+        gated = q4_gemm.q4_gemm_gated(group=group, features=half)
+        funcs[f"q4_gemm_gated_{half}_{group}"] = gated
     cases = [c for c in cases if c["kind"] not in (FP16, Q4) or c["name"] in funcs]
     install_hook(archs)
     kept = {c["kind"] for c in cases}
@@ -478,6 +483,12 @@ class _Runner:
 
         product()
         error = ((out.double() - want).abs().max() / want.abs().max()).item()
+        if rows % 256 == 0:
+            half = rows // 2
+            apart, fused = torch.full((2, len(image), half), torch.nan, device="cuda").half()
+            self.call(f"q4_gemm_silu_{half}", out, apart)
+            self.call(f"q4_gemm_gated_{half}_{group}", image, packed, scale, n, fused)
+            error += float(not torch.equal(apart.view(torch.short), fused.view(torch.short)))
         us, cublas = self.time([product]), self.time([lambda: torch.mm(x, dense.T, out=out)])
         flops = 2 * n * rows * k / 1e6
         self.report(case, error, 2e-3, us=us, TFLOPs=flops / us, cublas_TFLOPs=flops / cublas)

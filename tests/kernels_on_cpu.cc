@@ -105,8 +105,29 @@ int all_reduce(int ranks, int size, int parts, bool two_shots, bool fused, const
 }
 
 void silu_mul_image(const half* y, half* image, int n, int inner) {
-  for (int at = 0; at < n * (inner / 32); ++at)
-    shardwright_q4::silu_mul_image(y, image, n, inner, at / (inner / 32), at % (inner / 32));
+  const int parts = inner / 32;
+  host::launch((n * parts + 31) / 32, 1, 32, [&](int block, int, int tid) {
+    const int at = block * 32 + tid;
+    shardwright_q4::silu_mul_image(y, image, n, inner, at / parts, at % parts);
+  });
+}
+
+// From y [n, 2 * inner] by way of blocks of results, as q4_gemm.cuh makes them.
+void gated_image(const half* y, half* image, int n, int inner) {
+  constexpr int kTokens = 64, kPitch = 272;
+  const int bands = inner / 64, tiles = (n + kTokens - 1) / kTokens;
+  host::launch(tiles * bands, 1, 256, [&](int block, int, int tid) {
+    static thread_local unsigned char tile[kTokens * kPitch];
+    const int first = block % tiles * kTokens, band = block / tiles;
+    for (int at = tid; at < kTokens * 128; at += 256) {
+      const int token = at / 128, corner = at % 128 / 16 * 16, of = corner + at % 16;
+      const int row = shardwright_q4::gated_row(band, corner, inner) + at % 16;
+      reinterpret_cast<half*>(tile + token * kPitch)[of] =
+          first + token < n ? y[(first + token) * 2 * inner + row] : half{0x7E00};
+    }
+    __syncthreads();
+    shardwright_q4::put_gated<kTokens, kPitch>(tile, image, n, inner, band, first, tid);
+  });
 }
 
 void add_rms_norm_image(const half* x, const half* y, const half* weight, half* sum, half* image,

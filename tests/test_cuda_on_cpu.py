@@ -65,10 +65,12 @@ def test_images_hold_what_the_kernels_compute(library, n):
     rng = np.random.default_rng(n)
     rows = -(-n // 256) * 256
     y = rng.standard_normal((n, 512)).astype("float16")
-    image = np.zeros((rows, 256), "float16")
-    library.silu_mul_image(*(ctypes.c_void_p(a.ctypes.data) for a in (y, image)), n, 256)
     gate, up = y[:, :256].astype("float64"), y[:, 256:].astype("float64")
-    np.testing.assert_allclose(from_image(image, n), gate / (1 + np.exp(-gate)) * up, 1e-3, 1e-7)
+    for kernel in (library.silu_mul_image, library.gated_image):
+        image = np.zeros((rows, 256), "float16")
+        kernel(*(ctypes.c_void_p(a.ctypes.data) for a in (y, image)), n, 256)
+        gated = from_image(image, n)
+        np.testing.assert_allclose(gated, gate / (1 + np.exp(-gate)) * up, 1e-3, 1e-7)
 
     x, residual = rng.standard_normal((2, n, 2048)).astype("float16")
     weight, total = rng.standard_normal(2048).astype("float16"), np.zeros((n, 2048), "float16")

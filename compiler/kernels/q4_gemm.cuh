@@ -18,7 +18,26 @@ __device__ __forceinline__ void shardwright_q4_image(
       *reinterpret_cast<uint4*>(eight);
 }
 namespace shardwright_q4 {
-constexpr int kStageBytes = 192 * 1024;
+constexpr int kStageBytes = 192 * 1024, kPitch = 272;  // of a row of 128 results, no multiple of 128
+
+// Where the rows of a result go: to memory.
+struct Here {
+  static constexpr bool kGated = false;
+  half* out;
+  int rows;
+
+  // One feature or eight, as T is a half or uint4.
+  template <typename T>
+  __device__ __forceinline__ void put(int token, int feature, T value) const {
+    *reinterpret_cast<T*>(out + (size_t)token * rows + feature) = value;
+  }
+};
+
+// silu(gate) * up, of the halves of a result's features, as an image.
+struct Gated {
+  static constexpr bool kGated = true;
+  half* image;
+};
 
 __device__ __forceinline__ unsigned address(const void* p) {
   return (unsigned)__cvta_generic_to_shared(p);
@@ -78,11 +97,11 @@ __device__ __forceinline__ void arrive(unsigned barrier) {
 template <int kTokens> struct Wgmma;
 WGMMA
 
-template <int kTokens>
+template <int kTokens, class Sink>
 __device__ __forceinline__ void product(
-    const half* image, const uint4* packed, const half* scale, half* out, unsigned char* shared,
-    int n, int rows, int inner, int group, int tile, int band) {
-  constexpr int kStage = kTokens * 128, kStages = kStageBytes / kStage, kPitch = 272;
+    const half* image, const uint4* packed, const half* scale, const Sink& sink,
+    unsigned char* shared, int n, int rows, int inner, int group, int tile, int band) {
+  constexpr int kStage = kTokens * 128, kStages = kStageBytes / kStage;
   const unsigned stages = address(shared), barriers = stages + kStages * kStage;
   const int tid = threadIdx.x, warpgroup = tid / 128, blocks = inner / 64;
   if (tid == 0) {
@@ -118,7 +137,8 @@ __device__ __forceinline__ void product(
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.f;
   const int lane = tid % 32, corner = warpgroup * 64 + tid / 32 % 4 * 16;
-  Lanes now(packed, scale, band * 128 + corner + lane / 4, rows, inner, group);
+  const int first = Sink::kGated ? gated_row(band, corner, rows / 2) : band * 128 + corner;
+  Lanes now(packed, scale, first + lane / 4, rows, inner, group);
   now.load(0);
   unsigned a[8][4];
   now.operands(0, a);
@@ -167,21 +187,25 @@ __device__ __forceinline__ void product(
                     "r"(r[2]), "r"(r[3]) : "memory");
   }
   asm volatile("bar.sync 2, 256;" ::: "memory");
-  for (int i = tid; i < kTokens * 16; i += 256) {
-    const int token = tile * kTokens + i / 16, feature = band * 128 + i % 16 * 8;
-    if (token < n && feature < rows)
-      *reinterpret_cast<uint4*>(out + (size_t)token * rows + feature) =
-          *reinterpret_cast<const uint4*>(shared + i / 16 * kPitch + i % 16 * 16);
+  if constexpr (Sink::kGated) {
+    put_gated<kTokens, kPitch>(shared, sink.image, n, rows / 2, band, tile * kTokens, tid);
+  } else {
+    for (int i = tid; i < kTokens * 16; i += 256) {
+      const int token = tile * kTokens + i / 16, feature = band * 128 + i % 16 * 8;
+      if (token < n && feature < rows)
+        sink.put(token, feature,
+                 *reinterpret_cast<const uint4*>(shared + i / 16 * kPitch + i % 16 * 16));
+    }
   }
 }
 #else
 // Eight warps of 16 rows; x comes from memory (the cache) as it is needed, 64 tokens at a time.
-template <int kTokens>
+template <int kTokens, class Sink>
 __device__ __forceinline__ void product(
-    const half* image, const uint4* packed, const half* scale, half* out, unsigned char*, int n,
-    int rows, int inner, int group, int tile, int band) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int row = band * 128 + threadIdx.x / 32 * 16 + g;
+    const half* image, const uint4* packed, const half* scale, const Sink& sink,
+    unsigned char* shared, int n, int rows, int inner, int group, int tile, int band) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, corner = threadIdx.x / 32 * 16;
+  const int row = g + (Sink::kGated ? gated_row(band, corner, rows / 2) : band * 128 + corner);
   if (threadIdx.x >= 256) return;
   for (int part = 0; part < kTokens / 64; ++part) {
     float sums[8][4] = {};
@@ -215,33 +239,60 @@ __device__ __forceinline__ void product(
         }
       }
     }
+    if constexpr (Sink::kGated) {
+      for (int j = 0; j < 8; ++j)
+        for (int i = 0; i < 4; ++i) {
+          unsigned char* const to = shared + (j * 8 + 2 * t + i % 2) * kPitch;
+          reinterpret_cast<half*>(to)[corner + g + i / 2 * 8] = __float2half_rn(sums[j][i]);
+        }
+      asm volatile("bar.sync 2, 256;" ::: "memory");
+      put_gated<64, kPitch>(shared, sink.image, n, rows / 2, band, tile * kTokens + part * 64,
+                            threadIdx.x);
+      asm volatile("bar.sync 2, 256;" ::: "memory");
+    } else {
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
+      for (int j = 0; j < 8; ++j)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = tile * kTokens + part * 64 + j * 8 + 2 * t + i % 2;
-        const int feature = row + i / 2 * 8;
-        if (token < n && feature < rows)
-          out[(size_t)token * rows + feature] = __float2half_rn(sums[j][i]);
-      }
+        for (int i = 0; i < 4; ++i) {
+          const int token = tile * kTokens + part * 64 + j * 8 + 2 * t + i % 2;
+          const int feature = row + i / 2 * 8;
+          if (token < n && feature < rows) sink.put(token, feature, __float2half_rn(sums[j][i]));
+        }
+    }
   }
 }
 #endif
 }  // namespace shardwright_q4
 
-__device__ __forceinline__ void shardwright_q4_gemm(
-    const half* image, const unsigned* words, const half* scale, half* out, unsigned char* buffer,
-    int n, int rows, int inner, int group, int block) {
+// A block of image [n, inner] x weight [rows, inner].
+template <class Sink>
+__device__ __forceinline__ void shardwright_q4_gemm_to(
+    const Sink& sink, const half* image, const unsigned* words, const half* scale,
+    unsigned char* buffer, int n, int rows, int inner, int group, int block) {
   const uintptr_t start = reinterpret_cast<uintptr_t>(buffer);
   unsigned char* shared = buffer + ((start + 1023) / 1024 * 1024 - start);
   const int size = 1 << shardwright_q4::tile_bits(n), tiles = (n + 255) / 256;
   const int tile = block % tiles, band = block / tiles;  // neighbours share the weight
   const uint4* packed = reinterpret_cast<const uint4*>(words);
 #define PRODUCT(k) \
-  shardwright_q4::product<k>(image, packed, scale, out, shared, n, rows, inner, group, tile, band)
+  shardwright_q4::product<k>(image, packed, scale, sink, shared, n, rows, inner, group, tile, band)
   if (size == 64) PRODUCT(64);
   else if (size == 128) PRODUCT(128);
   else PRODUCT(256);
 #undef PRODUCT
+}
+
+__device__ __forceinline__ void shardwright_q4_gemm(
+    const half* image, const unsigned* words, const half* scale, half* out, unsigned char* buffer,
+    int n, int rows, int inner, int group, int block) {
+  shardwright_q4_gemm_to(shardwright_q4::Here{out, rows}, image, words, scale, buffer, n, rows,
+                         inner, group, block);
+}
+
+__device__ __forceinline__ void shardwright_q4_gemm_gated(
+    const half* image, const unsigned* words, const half* scale, half* gated, unsigned char* buffer,
+    int n, int rows, int inner, int group, int block) {
+  shardwright_q4_gemm_to(shardwright_q4::Gated{gated}, image, words, scale, buffer, n, rows, inner,
+                         group, block);
 }
 #endif

@@ -26,10 +26,10 @@ TILE = 256
 """Tokens of an image's tile, and of the largest product at once."""
 COLUMNS = 128
 """K must be a multiple."""
-_ROWS = 128  # of the weight, in a block
-_THREADS = 384  # two warpgroups that multiply, one that loads
+ROWS = 128  # of the weight, in a block
+THREADS = 384  # two warpgroups that multiply, one that loads
 _STAGES_BYTES = 192 * 1024
-_SHARED_BYTES = _STAGES_BYTES + 1024 + 512  # alignment, barriers
+SHARED_BYTES = _STAGES_BYTES + 1024 + 512  # alignment, barriers
 
 
 def _wgmma(tokens: int) -> str:
@@ -54,7 +54,8 @@ def image_source() -> str:
     return Path(__file__).with_name("q4_image.cuh").read_text()
 
 
-def _source() -> str:
+def gemm_source() -> str:
+    """The CUDA text of the product, and of what writes images."""
     text = image_source() + unpack_source() + Path(__file__).with_suffix(".cuh").read_text()
     return text.replace("\nWGMMA\n", "\n" + "".join(map(_wgmma, (64, 128, 256))))
 
@@ -66,7 +67,7 @@ def image_rows(tokens: Any) -> Any:
 
 def q4_gemm_image() -> tirx.PrimFunc:
     """`x [n,K] f16 -> image [image_rows(n),K] f16`, x as `q4_gemm` reads it; K of any size."""
-    threads, source = 256, _source()
+    threads, source = 256, gemm_source()
     n = tirx.Var("n", "int64")
     inner = tirx.Var("k", "int64")
     rows = image_rows(n)
@@ -117,19 +118,19 @@ def silu_mul_image(*, features: int) -> tirx.PrimFunc:
             for block in T.thread_binding(T.ceildiv(n * parts, threads), thread="blockIdx.x"):
                 for tid in T.thread_binding(threads, thread="threadIdx.x"):
                     at: T.let[T.int64] = T.cast(block, "int64") * threads + tid
-                    if at < n * parts:
-                        T.evaluate(
-                            T.cuda.func_call(
-                                "shardwright_q4::silu_mul_image",
-                                y.data,
-                                image.data,
-                                T.cast(n, "int32"),
-                                features,
-                                T.cast(at // parts, "int32"),
-                                T.cast(at % parts, "int32"),
-                                source_code=source,
-                            )
+                    # All lanes of a warp exchange what they have, so none stays away.
+                    T.evaluate(
+                        T.cuda.func_call(
+                            "shardwright_q4::silu_mul_image",
+                            y.data,
+                            image.data,
+                            T.cast(n, "int32"),
+                            features,
+                            T.cast(at // parts, "int32"),
+                            T.cast(at % parts, "int32"),
+                            source_code=source,
                         )
+                    )
 
     return silu_mul_image
 
@@ -186,7 +187,7 @@ def q4_gemm(*, group: int) -> tirx.PrimFunc:
     """
     n = tirx.Var("n", "int64")
     rows, inner = tirx.Var("rows", "int64"), tirx.Var("k", "int64")
-    source = _source()
+    source = gemm_source()
 
     @T.prim_func(s_tir=True)
     def q4_gemm(image_h: T.handle, packed_h: T.handle, scale_h: T.handle, out_h: T.handle):
@@ -199,11 +200,11 @@ def q4_gemm(*, group: int) -> tirx.PrimFunc:
             T.reads()
             T.writes()
             for block in T.thread_binding(
-                T.ceildiv(n, TILE) * T.ceildiv(rows, _ROWS), thread="blockIdx.x"
+                T.ceildiv(n, TILE) * T.ceildiv(rows, ROWS), thread="blockIdx.x"
             ):
-                for _tid in T.thread_binding(_THREADS, thread="threadIdx.x"):
+                for _tid in T.thread_binding(THREADS, thread="threadIdx.x"):
                     # CUDA code knows it by this name and one type in all kernels of a library.
-                    q4_gemm_shared = T.alloc_buffer((_SHARED_BYTES,), "uint8", scope="shared.dyn")
+                    q4_gemm_shared = T.alloc_buffer((SHARED_BYTES,), "uint8", scope="shared.dyn")
                     T.evaluate(
                         T.cuda.func_call(
                             "shardwright_q4_gemm",
@@ -222,3 +223,50 @@ def q4_gemm(*, group: int) -> tirx.PrimFunc:
                     )
 
     return q4_gemm
+
+
+def q4_gemm_gated(*, group: int, features: int) -> tirx.PrimFunc:
+    """`q4_gemm` with `silu_mul_image` of its result, which is rounded to fp16 between them.
+
+    `(image, packed [2F,K/8] u32, scale [2F,K/group] f16, n) -> image [image_rows(n),F]`; F is a
+    multiple of `COLUMNS`, n a number: no operand has n rows.
+    """
+    inner = tirx.Var("k", "int64")
+    source = gemm_source()
+
+    @T.prim_func(s_tir=True)
+    def q4_gemm_gated(
+        image_h: T.handle, packed_h: T.handle, scale_h: T.handle, n: T.int64, out_h: T.handle
+    ):
+        T.func_attr(SCHEDULED)
+        image = T.match_buffer(image_h, (image_rows(n), inner), "float16")
+        packed = T.match_buffer(packed_h, (2 * features, inner // 8), "uint32")
+        scale = T.match_buffer(scale_h, (2 * features, inner // group), "float16")
+        out = T.match_buffer(out_h, (image_rows(n), features), "float16")
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for block in T.thread_binding(
+                T.ceildiv(n, TILE) * (2 * features // ROWS), thread="blockIdx.x"
+            ):
+                for _tid in T.thread_binding(THREADS, thread="threadIdx.x"):
+                    # As in `q4_gemm`.
+                    q4_gemm_shared = T.alloc_buffer((SHARED_BYTES,), "uint8", scope="shared.dyn")
+                    T.evaluate(
+                        T.cuda.func_call(
+                            "shardwright_q4_gemm_gated",
+                            image.data,
+                            packed.data,
+                            scale.data,
+                            out.data,
+                            q4_gemm_shared.data,
+                            T.cast(n, "int32"),
+                            2 * features,
+                            T.cast(inner, "int32"),
+                            group,
+                            T.cast(block, "int32"),
+                            source_code=source,
+                        )
+                    )
+
+    return q4_gemm_gated

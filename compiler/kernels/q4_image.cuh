@@ -17,12 +17,34 @@ __device__ __forceinline__ size_t image_at(int token, int chunk, int n, int inne
   return line * 64 + (chunk % 8 ^ token % 8) * 8;
 }
 
+// Lane `l` of four neighbours gets what the others have in x[l]: a transposed matrix.
+__device__ __forceinline__ void transpose_four(uint4 (&x)[4], int l) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const bool upper = l & step;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      uint4 &low = x[i], &high = x[i + step], give = upper ? low : high;
+      give.x = __shfl_xor_sync(~0u, give.x, step);
+      give.y = __shfl_xor_sync(~0u, give.y, step);
+      give.z = __shfl_xor_sync(~0u, give.z, step);
+      give.w = __shfl_xor_sync(~0u, give.w, step);
+      (upper ? low : high) = give;
+    }
+  }
+}
+
 // Position 8 * place + i of 128 columns holds column 32 * (i / 2) + 8 * (place / 4) + place % 4 +
 // 4 * (i % 2): the element that a lane multiplies there, in the order in which two nibbles are
 // unpacked together. So 8 columns each of four neighbours, 32 apart, make four chunks: `columns`
-// of a token are those from 128 * (part / 4) + 8 * (part % 4).
-__device__ __forceinline__ void put_image(half* image, const uint4 (&columns)[4], int token,
-                                          int part, int n, int inner) {
+// of part p are those from 128 * (p / 4) + 8 * (p % 4). All lanes of a warp come here, of which
+// each four share out their chunks so as to write 64 bytes in a row: `token` and `part` say whose
+// columns the one of number i has.
+template <class Token, class Part>
+__device__ __forceinline__ void put_image(half* image, const uint4 (&columns)[4], int lane,
+                                          Token token, Part part, int n, int inner) {
+  uint4 chunks[4];
 #pragma unroll
   for (int place = 0; place < 4; ++place) {
     unsigned words[4];
@@ -32,21 +54,25 @@ __device__ __forceinline__ void put_image(half* image, const uint4 (&columns)[4]
       const unsigned low = place < 2 ? x.x : x.y, high = place < 2 ? x.z : x.w;
       words[q] = place % 2 ? low >> 16 | (high & 0xffff0000u) : (low & 0xffffu) | high << 16;
     }
-    const int chunk = part / 4 * 16 + part % 4 * 4 + place;
-    *reinterpret_cast<uint4*>(image + image_at(token, chunk, n, inner)) =
-        make_uint4(words[0], words[1], words[2], words[3]);
+    chunks[place] = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+  transpose_four(chunks, lane % 4);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int chunk = part(i) / 4 * 16 + part(i) % 4 * 4 + lane % 4;
+    if (token(i) < n)
+      *reinterpret_cast<uint4*>(image + image_at(token(i), chunk, n, inner)) = chunks[i];
   }
 }
+// The same where the four have the parts of 128 columns of one token.
+__device__ __forceinline__ void put_image(half* image, const uint4 (&columns)[4], int token,
+                                          int part, int n, int inner) {
+  put_image(image, columns, part, [=](int) { return token; },
+            [=](int i) { return part - part % 4 + i; }, n, inner);
+}
 
-// Columns `part` (see put_image) of silu(gate) * up, of the halves of y [n, 2 * inner].
-__device__ __forceinline__ void silu_mul_image(const half* y, half* image, int n, int inner,
-                                               int token, int part) {
-  const half* from = y + (size_t)token * 2 * inner + part / 4 * 128 + part % 4 * 8;
-  uint4 gate[4], up[4];
-#pragma unroll
-  for (int q = 0; q < 4; ++q) gate[q] = *reinterpret_cast<const uint4*>(from + 32 * q);
-#pragma unroll
-  for (int q = 0; q < 4; ++q) up[q] = *reinterpret_cast<const uint4*>(from + inner + 32 * q);
+// gate = silu(gate) * up
+__device__ __forceinline__ void silu_mul(uint4 (&gate)[4], const uint4 (&up)[4]) {
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
     half2* g = reinterpret_cast<half2*>(&gate[q]);
@@ -58,6 +84,48 @@ __device__ __forceinline__ void silu_mul_image(const half* y, half* image, int n
                                __fdividef(a.y, 1.f + __expf(-a.y)) * b.y);
     }
   }
+}
+
+// The row of a weight of `features` gates and as many ups that the 16 rows of a warp begin with,
+// `corner` in a block of 128: the upper 64 are the ups of the lower, and these are such as make
+// whole chunks, 16 of each 32.
+__device__ __forceinline__ int gated_row(int band, int corner, int features) {
+  return corner / 64 * features + band / 2 * 128 + corner % 64 * 2 + band % 2 * 16;
+}
+
+// silu(gate) * up of such a block's results, `tile` [kTokens, kPitch bytes], whose first token is
+// number `first`; by 256 threads.
+template <int kTokens, int kPitch>
+__device__ __forceinline__ void put_gated(const unsigned char* tile, half* image, int n,
+                                          int features, int band, int first, int tid) {
+  static_assert(kTokens * 2 % 32 == 0, "whole warps");
+  for (int at = tid; at < kTokens * 2; at += 256) {
+    const unsigned char* from = tile + at / 2 * kPitch + at % 2 * 16;
+    uint4 gate[4], up[4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      gate[q] = *reinterpret_cast<const uint4*>(from + q * 32);
+      up[q] = *reinterpret_cast<const uint4*>(from + q * 32 + 128);
+    }
+    silu_mul(gate, up);
+    put_image(image, gate, at, [=](int i) { return first + at / 4 * 2 + i / 2; },
+              [=](int i) { return band * 2 + i % 2; }, n, features);
+  }
+}
+
+// Columns `part` (see put_image) of silu(gate) * up, of the halves of y [n, 2 * inner]; for
+// tokens behind the last one nothing is read or written.
+__device__ __forceinline__ void silu_mul_image(const half* y, half* image, int n, int inner,
+                                               int token, int part) {
+  const half* from = y + (size_t)token * 2 * inner + part / 4 * 128 + part % 4 * 8;
+  uint4 gate[4], up[4];
+#pragma unroll
+  for (int q = 0; q < 4; ++q)
+    gate[q] = token < n ? *reinterpret_cast<const uint4*>(from + 32 * q) : uint4{};
+#pragma unroll
+  for (int q = 0; q < 4; ++q)
+    up[q] = token < n ? *reinterpret_cast<const uint4*>(from + inner + 32 * q) : uint4{};
+  silu_mul(gate, up);
   put_image(image, gate, token, part, n, inner);
 }
 

@@ -54,9 +54,7 @@ def lower_q4_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> rel
     if few is not None:
         return few
     if shapes["out_dtype"] == "float16" and fits_q4_gemm(k, x, packed, scale):
-        if not is_image(x, shape_of(call)[0]):
-            image = relax.TensorType([q4_gemm.image_rows(shape_of(x)[0]), cols], "float16")
-            x = k.bb.emit(relax.call_tir(k.kernel(q4_gemm.q4_gemm_image), [x], image))
+        x = _image(k, x, shape_of(call)[0])
         kernel = k.kernel(q4_gemm.q4_gemm, group=group)
         return relax.call_tir(kernel, [x, packed, scale], call.ty)
     kernel = k.kernel(
@@ -100,6 +98,12 @@ def lower_gated_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> 
     if few is not None:
         return few
     n, half = shape_of(call)
+    if k.image and len(args) == 3 and fits_q4_gemm(k, *args):
+        group = shape_of(args[0])[1] // shape_of(args[2])[1]
+        kernel = k.kernel(q4_gemm.q4_gemm_gated, group=group, features=half)
+        image = relax.TensorType([q4_gemm.image_rows(n), half], "float16")
+        operands = [_image(k, args[0], n), *args[1:], relax.prim_value(n)]
+        return relax.call_tir(kernel, operands, image)
     whole = relax.TensorType([n, 2 * half], call.ty.dtype)
     name, lowering = ("linear", lower_linear) if len(args) == 2 else ("q4_linear", lower_q4_linear)
     product = k.bb.normalize(
@@ -199,6 +203,14 @@ def _quantized_matmul_cpu(
     dtype = str(args[0].ty.dtype)
     kernel = k.kernel(quantized.quantized_matmul_cpu, **shapes, packing=packing, dtype=dtype)
     return relax.call_tir(kernel, args, call.ty)
+
+
+def _image(k: Kernels, x: relax.Expr, tokens: Any) -> relax.Expr:
+    """x [tokens, K] as `q4_gemm` reads it, if it is not so already."""
+    if is_image(x, tokens):
+        return x
+    image = relax.TensorType([q4_gemm.image_rows(tokens), shape_of(x)[1]], "float16")
+    return k.bb.emit(relax.call_tir(k.kernel(q4_gemm.q4_gemm_image), [x], image))
 
 
 def _padded(k: Kernels, args: list[relax.Expr]) -> list[relax.Expr]:
