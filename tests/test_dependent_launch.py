@@ -7,6 +7,7 @@ from tvm.script import tirx as T
 from tvm.target import Target
 
 from shardwright.compiler import cuda, pipeline
+from shardwright.compiler.kernels import gemv_mma
 from shardwright.compiler.kernels.common import SCHEDULED, launch_dependents, wait_for_inputs
 from shardwright.compiler.lower import lower_abstract
 from shardwright.compiler.options import BuildOptions, limits_of
@@ -69,6 +70,19 @@ def test_the_pass_can_be_left_out():
 def test_reads_keep_their_place_in_kernels_that_wait():
     source = HEAD + WAITS + OTHER
     assert cuda.in_order(source) == HEAD + WAITS.replace("__restrict__ ", "") + OTHER
+
+
+def test_kernels_whose_device_function_launches_the_next_are_no_other():
+    sizes = {"batch": 1, "out_features": 512, "in_features": 1024, "group": 32}
+    tuned = gemv_mma.plan(gemv_mma.Product(**sizes), clusters=True)
+    func = gemv_mma.gemv_mma(**sizes, out_dtype="float16", tuned=tuned)
+    target = Target({"kind": "cuda", "arch": "sm_90a"}, host="llvm")
+    with target:
+        after = pipeline.dependent_launch(tvm.IRModule({"product": func}))
+    assert "tirx.kernel_launch_params" in after["product"].attrs
+    called = WAITS.replace("launch_dependents()", "launches_dependents()")
+    assert called != WAITS
+    assert cuda.in_order(HEAD + called) == HEAD + called.replace("__restrict__ ", "")
 
 
 def test_a_module_without_such_kernels_is_left_alone():

@@ -48,9 +48,8 @@ _WAIT = _SM90.format(
 )
 
 
-LAUNCHED_EARLY = "shardwright.launched_early"
-"""Attribute of a kernel that lets the next one start in its device function."""
-SCHEDULED_EARLY = SCHEDULED | {LAUNCHED_EARLY: True}
+LAUNCHES_DEPENDENTS = "shardwright_launches_dependents"
+"""What a kernel calls whose device function does so at a time of its own; it does nothing."""
 
 
 def cuda_source(name: str) -> str:
@@ -137,6 +136,17 @@ def launch_dependents(target):
     """From here on the next kernel may start. The first statement of a thread."""
     if kind_of(target) == "cuda":
         T.evaluate(T.cuda.func_call(LAUNCH_DEPENDENTS, source_code=_LAUNCH))
+
+
+@T.inline
+def launches_dependents():
+    """The device function that a CUDA kernel calls lets the next kernel start, and waits itself."""
+    T.evaluate(
+        T.cuda.func_call(
+            LAUNCHES_DEPENDENTS,
+            source_code="__device__ __forceinline__ void shardwright_launches_dependents() {}\n",
+        )
+    )
 
 
 @T.inline

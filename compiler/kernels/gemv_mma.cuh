@@ -449,6 +449,9 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
   input.before(), output_to.template before<Z>();
   if (Input::kWaits) shardwright::wait_for_inputs();
   output_to.template after<Z>();
+  // The next kernel may start once all copies are under way: sooner its own would only delay them.
+  // What it reads of kernels in front of this one is there, as this one has waited.
+  if (items < Z::kDepth) shardwright::launch_dependents();
   int slot = 0;
   for (int phase = 0; phase < Z::kPhases; ++phase) {
     if (phase) __syncthreads();
@@ -460,8 +463,10 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
     for (int i = 0; i < of_phase; ++i) {
       wait_for_copies<Z::kDepth - 2>();
       // Into the place of the chunk before, which all lanes have read by now.
-      if (phase * of_phase + i + Z::kDepth - 1 < items) ahead.issue(rank, split);
+      const int next = phase * of_phase + i + Z::kDepth - 1;
+      if (next < items) ahead.issue(rank, split);
       commit_copies();
+      if (next + 1 == items) shardwright::launch_dependents();
       const char* source = ring + slot * Z::kSlot;
       if (++slot == Z::kDepth) slot = 0;
       const int group = (step * Z::kSplit + split) * Z::kBlocks32;

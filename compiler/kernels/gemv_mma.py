@@ -22,7 +22,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, SCHEDULED_EARLY, cuda_source, launch_dependents
+from .common import SCHEDULED, cuda_source, launches_dependents
 
 MAX_BATCH = 16
 """Most tokens of a product."""
@@ -229,7 +229,7 @@ def gemv_mma(
 
     @T.inline
     def multiply(x, weight, scale, out):
-        launch_dependents("cuda")
+        launches_dependents()
         gemv_shared = T.alloc_buffer((shared_bytes,), "uint8", scope="shared.dyn")
         # Without this, nvcc keeps half of the registers free for a second block.
         with T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 1):
@@ -389,7 +389,7 @@ def add_norm_gemv_mma(
             T.writes()
             for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
                 for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
-                    launch_dependents("cuda")
+                    launches_dependents()
                     gemv_shared = T.alloc_buffer((f.shared,), "uint8", scope="shared.dyn")
                     with T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 1):
                         T.evaluate(
@@ -441,8 +441,7 @@ def send_gemv_mma(
         index: T.int64,
         done_h: T.handle,
     ):
-        # The device function lets the next kernel start, once this one has waited for its input.
-        T.func_attr(SCHEDULED_EARLY)
+        T.func_attr(SCHEDULED)
         rows = T.int64()
         x = T.match_buffer(x_h, (1, k), "float16")
         packed = T.match_buffer(packed_h, (out_features, k // 8), "uint32")
@@ -456,6 +455,7 @@ def send_gemv_mma(
             T.writes()
             for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
                 for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
+                    launches_dependents()
                     gemv_shared = T.alloc_buffer((f.shared,), "uint8", scope="shared.dyn")
                     with T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 1):
                         T.evaluate(
@@ -528,7 +528,7 @@ def sum_norm_gemv_mma(
             T.writes()
             for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
                 for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
-                    launch_dependents("cuda")
+                    launches_dependents()
                     gemv_shared = T.alloc_buffer((f.shared,), "uint8", scope="shared.dyn")
                     with T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 1):
                         T.evaluate(

@@ -57,12 +57,10 @@ struct SentOutput {
     for (int d = 0; d < kRanks; ++d)  // beginning with another rank than the others do
       to[d] = exchange.words<Z::kOutputs>((rank + 1 + d) % kRanks, rank);
   }
-  // The next kernel reads what kernels in front of this one wrote, and does not wait for them.
   template <class Z>
   __device__ __forceinline__ void after() {
     const unsigned number = exchange.number();
     flag = number << 16, place = number % 2 * kRanks * Z::kOutputs;
-    shardwright::launch_dependents();
   }
   template <class Z>
   __device__ __forceinline__ void put(int, int output, half value) const {
@@ -77,6 +75,7 @@ struct SentOutput {
 // `y`. Every block computes all of it; each writes a part of the new residual.
 template <class Z, int kRanks>
 struct SumInput {
+  // What kernels in front of the product that sent have written is there: it has waited for them.
   static constexpr bool kWaits = kRanks == 1;
   static constexpr int kPer = (Z::kPieces + Z::kThreads - 1) / Z::kThreads;
   static_assert(Z::kColumns && Z::kPhases == 1 && Z::kCluster == 1, "all of x is in a block");
