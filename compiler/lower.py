@@ -11,6 +11,7 @@ import tvm
 from tvm import relax
 
 from shardwright.compiler.fuse import FUSIONS
+from shardwright.compiler.fuse_norm import FUSE_NORM_PASS, fuse_norm
 from shardwright.compiler.linear import Rewriter
 from shardwright.compiler.lowering import (
     attention,
@@ -43,6 +44,11 @@ LOWERINGS: dict[str, Lowering] = {
     "shardwright.quantized_linear": products.lower_quantized_linear,
     "shardwright.gated_linear": products.lower_gated_linear,
     "shardwright.q4_gated_linear": products.lower_gated_linear,
+    "shardwright.add_norm_q4_linear": products.lower_add_norm_linear,
+    "shardwright.add_norm_q4_gated_linear": products.lower_add_norm_linear,
+    "shardwright.send_q4_linear": products.lower_send_linear,
+    "shardwright.sum_norm_q4_linear": products.lower_sum_norm_linear,
+    "shardwright.sum_norm_q4_gated_linear": products.lower_sum_norm_linear,
     "shardwright.take_columns": products.lower_take_columns,
     "shardwright.embed": embedding.lower_embed,
     "shardwright.q4_embed": embedding.lower_q4_embed,
@@ -74,14 +80,16 @@ def lower_abstract(
 ) -> tvm.IRModule:
     """Replace every abstract operation and collective of `mod` by calls of kernels for `target`.
 
-    Operations are fused first, but for the fusions (`fuse.FUSIONS`) named in `disabled`. With
-    `peer` some functions have twins whose collectives go through peer memory.
+    Operations are fused first, but for the fusions (`fuse.FUSIONS`, `fuse_norm`) named in
+    `disabled`. With `peer` some functions have twins whose collectives go through peer memory.
     """
     for name, fuse in FUSIONS.items():
         if name not in disabled:
             mod = fuse(mod)
     if peer is not None:
         mod = add_peer_functions(mod, peer)
+    if "clusters" in target.keys and FUSE_NORM_PASS not in disabled:
+        mod = fuse_norm(mod, peer)
     bb = relax.BlockBuilder()
     kernels = Kernels(bb, target, disabled)
 

@@ -11,6 +11,7 @@ import tvm
 from shardwright.compiler import cuda, pipeline, rocm
 from shardwright.compiler.early_rows import EARLY_ROWS_PASS
 from shardwright.compiler.fuse import FUSIONS
+from shardwright.compiler.fuse_norm import FUSE_NORM_PASS
 from shardwright.compiler.lowering.common import CUBLAS_PASS, Q4_GEMM_PASS
 from shardwright.compiler.peer import PEER_PASS
 from shardwright.compiler.trace import Limits
@@ -24,6 +25,7 @@ PASSES = (
     *FUSIONS,
     EARLY_ROWS_PASS,
     PEER_PASS,
+    FUSE_NORM_PASS,
     pipeline.DEPENDENT_LAUNCH,
     CUBLAS_PASS,
     Q4_GEMM_PASS,

@@ -48,14 +48,20 @@ class PeerState:
         return 2 * self.ranks * self.rows * self.features
 
     @property
+    def sums_at(self) -> int:
+        """Word of the buffer at which the sums of `fuse_norm` begin, at a multiple of 16 bytes."""
+        # A flag beside each logit.
+        return self.logits_at + 2 * self.ranks * self.rows * self.logits
+
+    @property
     def chunk_at(self) -> int:
         """Word of the buffer at which what a prefill sends begins, at a multiple of 256 bytes."""
         return (self._decode_words + 63) // 64 * 64
 
     @property
     def _decode_words(self) -> int:
-        # A flag beside each logit.
-        return self.logits_at + 2 * self.ranks * self.rows * self.logits
+        # Two sums of a row, used in turn.
+        return self.sums_at + 2 * self.ranks * self.features
 
     @property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -199,6 +199,27 @@ def add_rms_norm(before: list[Any], after: list[Any], note: Note) -> Pairs:
     return [(after[3], wide(x) + wide(y)), (after[4], total * scale * wide(weight))]
 
 
+def add_norm_product(before: list[Any], after: list[Any], note: Note) -> Pairs:
+    """`(residual, y, norm, packed, scale) -> (sum, product of its norm)`, gated where noted."""
+    total = (after[5], wide(before[0]) + wide(before[1]))
+    return [total, _product_of_norm(before[2], before[3:5], after[5:], note)]
+
+
+def sum_norm_product(before: list[Any], after: list[Any], note: Note) -> Pairs:
+    """`(residual, norm, packed, scale, ...) -> (sum, product)`, the summands being elsewhere."""
+    return [_product_of_norm(before[1], before[2:4], after[-2:], note)]
+
+
+def _product_of_norm(
+    norm: Array, operands: list[Array], results: list[Array], note: Note
+) -> tuple[Array, Array]:
+    """The product with the norm of the sum as it was rounded: what is, and what should be."""
+    total, found = results
+    scale = 1 / np.sqrt((wide(total) ** 2).mean(1, keepdims=True) + note["eps"])
+    x = (wide(total) * scale * wide(norm)).astype(np.float16)
+    return matmul([x, *operands, found], [found], note)[0]
+
+
 def rms_norm(before: list[Any], after: list[Any], note: Note) -> Pairs:
     """`(x, weight) -> normed`."""
     x = wide(before[0])
@@ -264,6 +285,8 @@ REFERENCES: dict[str, Reference] = {
     "matmul_rocm": matmul,
     "gemv": matmul,
     "gemv_mma": matmul,
+    "add_norm_gemv_mma": add_norm_product,
+    "sum_norm_gemv_mma": sum_norm_product,
     "q4_gemv": matmul,
     "q4_batch": matmul,
     "quantized_gemv": matmul,

@@ -487,12 +487,15 @@ def sum_norm_gemv_mma(
     ranks: int,
     count: int,
     first_word: int,
+    sent_features: int,
     gated: bool = False,
 ) -> tirx.PrimFunc:
     """As `add_norm_gemv_mma`, with what `send_gemv_mma` has sent on all ranks in place of y.
 
-    `(residual, norm, packed, scale, done, peers, calls, rank, index) -> (sum, out)`, arguments as
-    for those two. Summands are added in rank order, so that all ranks get the same bits.
+    `(residual, norm, packed, scale, done, x, peers, calls, rank, index) -> (sum, out)`, arguments
+    as for those two. `x` [1,sent_features] is that of `send_gemv_mma`, which may still read it
+    while this kernel runs: it is not read here, but its memory must not be that of a result.
+    Summands are added in rank order, so that all ranks get the same bits.
     """
     k, product = in_features, Product(1, out_features, in_features, group, gated)
     f = _one_token("sum_norm", product, tuned, ranks, out_dtype)
@@ -504,6 +507,7 @@ def sum_norm_gemv_mma(
         packed_h: T.handle,
         scale_h: T.handle,
         done_h: T.handle,
+        x_h: T.handle,
         peers_h: T.handle,
         calls_h: T.handle,
         rank_h: T.handle,

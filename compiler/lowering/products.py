@@ -18,10 +18,16 @@ from shardwright.compiler.kernels import (
     q4_gemm,
     quantized,
 )
-from shardwright.compiler.lowering.common import GEMV_MAX_BATCH, Kernels, packing_of, tokens_of
+from shardwright.compiler.lowering.common import (
+    GEMV_MAX_BATCH,
+    Kernels,
+    packing_of,
+    tokens_of,
+    value_of,
+)
 from shardwright.compiler.lowering.images import fits_q4_gemm, is_image
 from shardwright.compiler.packing import Packing
-from shardwright.compiler.rules import shape_of
+from shardwright.compiler.rules import op_name, shape_of
 
 MATMUL = "shardwright.matmul"
 """Packed function of the runtime, `(x [n,K], w [N,K], out [n,N])`."""
@@ -121,6 +127,64 @@ def lower_gated_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> 
     gate = k.bb.emit(relax.op.strided_slice(y, [1], [0], [half]))
     up = k.bb.emit(relax.op.strided_slice(y, [1], [half], [2 * half]))
     return relax.op.multiply(k.bb.emit(relax.op.nn.silu(gate)), up)
+
+
+def lower_add_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """The residual sum, its norm and a four-bit product of that, of one token, in one kernel."""
+    *tensors, eps = args
+    shapes = _normed_shapes(call, tensors[3], tensors[4])
+    kernel = k.kernel(gemv_mma.add_norm_gemv_mma, **shapes, eps=value_of(eps))
+    return relax.call_tir(kernel, tensors, list(call.ty.fields))
+
+
+def lower_send_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """A four-bit product of one token whose result goes to all ranks, as a summand."""
+    *operands, count, first = args
+    product = _product(operands[1], operands[2], gated=False)
+    kernel = k.kernel(
+        gemv_mma.send_gemv_mma,
+        out_features=product.out_features,
+        in_features=product.in_features,
+        group=product.group,
+        tuned=gemv_mma.plan(product, clusters=True),
+        ranks=shape_of(operands[3])[0] - 1,
+        count=value_of(count),
+        first_word=value_of(first),
+    )
+    return relax.call_tir(kernel, operands, call.ty)
+
+
+def lower_sum_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """As `lower_add_norm_linear`, of the sum over ranks of what `lower_send_linear` sends."""
+    *operands, eps, count, first = args
+    _, _, packed, scale, _, x, peers = operands[:7]
+    kernel = k.kernel(
+        gemv_mma.sum_norm_gemv_mma,
+        **_normed_shapes(call, packed, scale),
+        eps=value_of(eps),
+        ranks=shape_of(peers)[0] - 1,
+        count=value_of(count),
+        first_word=value_of(first),
+        sent_features=shape_of(x)[1],
+    )
+    return relax.call_tir(kernel, operands, list(call.ty.fields))
+
+
+def _product(packed: relax.Expr, scale: relax.Expr, gated: bool) -> gemv_mma.Product:
+    rows, words = shape_of(packed)
+    return gemv_mma.Product(1, rows, words * 8, words * 8 // shape_of(scale)[1], gated)
+
+
+def _normed_shapes(call: relax.Call, packed: relax.Expr, scale: relax.Expr) -> dict[str, Any]:
+    product = _product(packed, scale, gated=op_name(call).endswith("gated_linear"))
+    return {
+        "out_features": product.out_features,
+        "in_features": product.in_features,
+        "out_dtype": str(call.ty.fields[1].dtype),
+        "tuned": gemv_mma.normed_plan(product),
+        "group": product.group,
+        "gated": product.gated,
+    }
 
 
 def lower_take_columns(k: Kernels, _call: relax.Call, args: list[relax.Expr]) -> relax.Expr:

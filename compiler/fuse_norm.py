@@ -1,0 +1,216 @@
+"""The residual sum and norm in front of a product of one token become part of it.
+
+With one rank that is `add_rms_norm`. With several it is an all-reduce too: then the product whose
+result is reduced sends its rows to all ranks, and the product behind the norm adds what it gets.
+Runs after the fusions of `fuse.py` and `add_peer_functions`, on the functions of one row.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import tvm
+from tvm import relax
+
+from shardwright.compiler.kernels import gemv_mma
+from shardwright.compiler.linear import Rewriter, is_call, reads
+from shardwright.compiler.peer import SUFFIX, PeerState
+from shardwright.compiler.propagate import bindings_of
+from shardwright.compiler.rules import op_name, operands_of, shape_of
+
+FUSE_NORM_PASS = "fuse_norm"
+
+_DECODE = "decode_1"
+_ADD_NORM = "shardwright.add_rms_norm"
+_REDUCE = "shardwright.peer_all_reduce"
+_REDUCE_ADD_NORM = "shardwright.peer_all_reduce_add_rms_norm"
+_PRODUCTS = ("shardwright.q4_linear", "shardwright.q4_gated_linear")
+
+
+class _Site(NamedTuple):
+    """A sum with its norm, and the product that alone reads the norm."""
+
+    pair: relax.Var
+    args: list[relax.Expr]
+    """Of the sum with its norm."""
+    product: relax.Var
+    call: relax.Call
+
+
+class _Function:
+    """Who reads what in a function."""
+
+    def __init__(self, func: relax.Function) -> None:
+        self.params = set(func.params)
+        self.bindings = [(b.var, b.value) for b in bindings_of(func)]
+        self.values = dict(self.bindings)
+        self.readers: dict[relax.Var, list[tuple[relax.Var | None, relax.Expr]]] = defaultdict(list)
+        for var, value in [*self.bindings, (None, func.body.body)]:
+            for x in reads(value):
+                self.readers[x].append((var, value))
+
+    def calls(self, name: str) -> list[tuple[relax.Var, relax.Call]]:
+        """The calls of an operation, in order."""
+        return [(var, value) for var, value in self.bindings if is_call(value, name)]
+
+    def site(self, pair: relax.Var, call: relax.Call) -> _Site | None:
+        """The site of a sum with its norm, if there is a kernel for it."""
+        taken = [(var, v.index) for var, v in self.readers[pair] if _is_item(v)]
+        normed = [var for var, index in taken if index == 1]
+        if len(taken) != len(self.readers[pair]) or len(normed) != 1:
+            return None
+        match self.readers[normed[0]]:
+            case [(var, value)] if var is not None and _fits(value, normed[0], self.params):
+                return _Site(pair, operands_of(call), var, value)
+        return None
+
+    def sent(self, site: _Site) -> relax.Var | None:
+        """The product that makes the summands of a site and nothing else, if it can send them."""
+        y = site.args[1]
+        value = self.values.get(y)
+        alone = len(self.readers[y]) == 1 and is_call(value, _PRODUCTS[0])
+        return y if alone and _sends(value, self.params) else None
+
+
+def fuse_norm(mod: tvm.IRModule, peer: PeerState | None) -> tvm.IRModule:
+    """`mod` with the norms of its functions of one row fused, for GPUs with clusters.
+
+    `shardwright.add_norm_q4_linear(x, y, norm, packed, scale, eps) -> (x + y, product)`, or
+    `add_norm_q4_gated_linear`. With several ranks, `send_q4_linear(x, packed, scale, peers,
+    peer_calls, rank, index, count, first) -> done [1]` and `sum_norm_q4_linear(residual, norm,
+    packed, scale, done, x, peers, peer_calls, rank, index, eps, count, first)`, or gated. `done`
+    and `x`, what the product in front multiplies, are not read: the one keeps the order of the two,
+    the other its memory from being used anew, since the second kernel begins while the first still
+    runs. `index` counts those of a step, of which there are at most `count`; `first` is
+    `PeerState.sums_at`.
+    """
+    functions = dict(mod.functions_items())
+    for gv, func in mod.functions_items():
+        if gv.name_hint == _DECODE:
+            functions[gv] = _fuse_add_norms(func)
+        elif gv.name_hint == _DECODE + SUFFIX and peer is not None:
+            functions[gv] = _fuse_all_reduces(func, peer)
+    return tvm.IRModule(functions)
+
+
+def _fuse_add_norms(func: relax.Function) -> relax.Function:
+    f = _Function(func)
+    if any(op_name(c).startswith("relax.ccl") for _, c in f.bindings if isinstance(c, relax.Call)):
+        return func  # of several ranks, which sum before they add
+    found = [f.site(*call) for call in f.calls(_ADD_NORM)]
+    sites = {site.pair: site for site in found if site is not None}
+
+    def rewrite(rw: Rewriter, var: relax.Var, _call: relax.Call) -> relax.Expr | None:
+        if var not in sites:
+            return None
+        x, y, norm, eps = sites[var].args
+        _, packed, scale = operands_of(sites[var].call)
+        operands = [*map(rw.local, (x, y, norm, packed, scale)), eps]
+        return _emit(rw, sites[var], "add_norm", operands)
+
+    return _run(func, rewrite, {site.product for site in sites.values()})
+
+
+def _fuse_all_reduces(func: relax.Function, peer: PeerState) -> relax.Function:
+    """All but the first, or none: those that stay count calls, by which these tell steps apart."""
+    f = _Function(func)
+    reduces = f.calls(_REDUCE_ADD_NORM)
+    found = [f.site(*call) for call in reduces]
+    sites = [site for site in found if site is not None]
+    sent = [y for y in map(f.sent, sites) if y is not None]
+    first = [i for i, (_, value) in enumerate(f.bindings) if is_call(value, _REDUCE)]
+    behind = [i for i, (_, value) in enumerate(f.bindings) if is_call(value, _REDUCE_ADD_NORM)]
+    # Four at least, so that what a place holds at the beginning of a step is none of its numbers.
+    if len(sent) != len(reduces) or len(sent) < 4 or len(first) != 1 or first[0] > behind[0]:
+        return func
+    # Nor may a product do both, or anything run between a product that sends and its receiver.
+    place = {var: i for i, (var, _) in enumerate(f.bindings)}
+    apart = any(place[site.pair] != place[y] + 1 for site, y in zip(sites, sent, strict=True))
+    if apart or {site.product for site in sites} & set(sent):
+        return func
+    # A power of two, for the same reason.
+    count = relax.prim_value(1 << (len(sites) - 1).bit_length())
+    at = relax.prim_value(peer.sums_at)
+    by_pair = {site.pair: i for i, site in enumerate(sites)}
+    by_sent = {y: i for i, y in enumerate(sent)}
+
+    def rewrite(rw: Rewriter, var: relax.Var, call: relax.Call) -> relax.Expr | None:
+        if var in by_sent:
+            *_, peers, calls, rank, _ = sites[by_sent[var]].args
+            index = relax.prim_value(by_sent[var])
+            tensors = map(rw.local, (*operands_of(call), peers, calls, rank))
+            done = relax.TensorType([1], "int32")
+            return _call("send_q4_linear", [*tensors, index, count, at], done)
+        if var in by_pair:
+            number = by_pair[var]
+            residual, y, norm, peers, calls, rank, eps = sites[number].args
+            _, packed, scale = operands_of(sites[number].call)
+            x = operands_of(f.values[y])[0]
+            tensors = map(rw.local, (residual, norm, packed, scale, y, x, peers, calls, rank))
+            operands = [*tensors, relax.prim_value(number), eps, count, at]
+            return _emit(rw, sites[number], "sum_norm", operands)
+        return None
+
+    return _run(func, rewrite, {site.product for site in sites})
+
+
+def _run(func: relax.Function, rewrite: object, products: set[relax.Var]) -> relax.Function:
+    """`func` rewritten; the products are where their sums were, and known by their names."""
+
+    def callback(rw: Rewriter, var: relax.Var, call: relax.Call) -> relax.Expr | None:
+        # Of the pair that a site's result stands for, the norm is the product.
+        if var in products:
+            return rw.local(operands_of(call)[0])
+        return rewrite(rw, var, call)  # type: ignore[operator,no-any-return]
+
+    return Rewriter(func, callback).run(str(func.attrs["global_symbol"]))
+
+
+def _emit(rw: Rewriter, site: _Site, kind: str, operands: list[relax.Expr]) -> relax.Expr:
+    gated = "gated_" if op_name(site.call) == _PRODUCTS[1] else ""
+    types = [site.args[0].ty, site.call.ty]
+    return _call(f"{kind}_q4_{gated}linear", operands, types)
+
+
+def _call(name: str, args: list[relax.Expr], out: relax.Type | list[relax.Type]) -> relax.Call:
+    return relax.call_dps_packed(f"shardwright.{name}", relax.Tuple(args), out_ty=out)
+
+
+def _is_item(value: relax.Expr) -> bool:
+    return isinstance(value, relax.TupleGetItem)
+
+
+def _product_of(value: relax.Expr, params: set[relax.Var]) -> gemv_mma.Product | None:
+    """The sizes of a four-bit product of one token in float16, None for any other."""
+    if not any(is_call(value, name) for name in _PRODUCTS):
+        return None
+    x, packed, scale = operands_of(value)
+    features = shape_of(packed)[1] * 8
+    # x may be narrower than the weight, which has whole groups.
+    if (
+        shape_of(x) != (1, features)
+        or str(x.ty.dtype) != "float16"
+        or not {packed, scale} <= params
+    ):
+        return None
+    gated = is_call(value, _PRODUCTS[1])
+    group = features // shape_of(scale)[1]
+    return gemv_mma.Product(1, shape_of(packed)[0], features, group, gated)
+
+
+def _fits(value: relax.Expr, normed: relax.Var, params: set[relax.Var]) -> bool:
+    """Whether there is a kernel that computes `normed`, of one token, in front of a product."""
+    product = _product_of(value, params)
+    if product is None or operands_of(value)[0] != normed:
+        return False
+    return gemv_mma.normed_plan(product) is not None
+
+
+def _sends(value: relax.Expr, params: set[relax.Var]) -> bool:
+    product = _product_of(value, params)
+    return (
+        product is not None
+        and str(value.ty.dtype) == "float16"
+        and gemv_mma.plan(product, clusters=True) is not None
+    )
