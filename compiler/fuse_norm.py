@@ -13,6 +13,7 @@ from typing import NamedTuple
 import tvm
 from tvm import relax
 
+from shardwright.compiler.fuse import Rewrite
 from shardwright.compiler.kernels import gemv_mma
 from shardwright.compiler.linear import Rewriter, is_call, reads
 from shardwright.compiler.peer import SUFFIX, PeerState
@@ -155,14 +156,11 @@ def _fuse_all_reduces(func: relax.Function, peer: PeerState) -> relax.Function:
     return _run(func, rewrite, {site.product for site in sites})
 
 
-def _run(func: relax.Function, rewrite: object, products: set[relax.Var]) -> relax.Function:
-    """`func` rewritten; the products are where their sums were, and known by their names."""
+def _run(func: relax.Function, rewrite: Rewrite, products: set[relax.Var]) -> relax.Function:
+    """`func` rewritten. Where a sum and its norm were now are the sum and the product."""
 
     def callback(rw: Rewriter, var: relax.Var, call: relax.Call) -> relax.Expr | None:
-        # Of the pair that a site's result stands for, the norm is the product.
-        if var in products:
-            return rw.local(operands_of(call)[0])
-        return rewrite(rw, var, call)  # type: ignore[operator,no-any-return]
+        return rw.local(operands_of(call)[0]) if var in products else rewrite(rw, var, call)
 
     return Rewriter(func, callback).run(str(func.attrs["global_symbol"]))
 

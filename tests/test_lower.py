@@ -4,9 +4,11 @@ import pytest
 from tvm import relax
 
 from shardwright.compiler import cuda, fuse
+from shardwright.compiler.fuse_norm import FUSE_NORM_PASS
 from shardwright.compiler.lower import LOWERINGS, lower_abstract
 from shardwright.compiler.lowering.common import CUBLAS_PASS, Q4_GEMM_PASS
 from shardwright.compiler.options import BuildOptions, limits_of
+from shardwright.compiler.peer import peer_state
 from shardwright.compiler.program import partition_program
 from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.quantization import quantization
@@ -16,7 +18,7 @@ from shardwright.model_defs import family_of
 
 CONFIG = dict(
     architectures=["LlamaForCausalLM"], hidden_size=128, intermediate_size=96, vocab_size=100,
-    num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
     max_position_embeddings=64, rope_theta=1e4, hidden_act="silu", tie_word_embeddings=False,
     head_dim=64,
 )  # fmt: skip
@@ -32,13 +34,18 @@ def program(tmp_path_factory):
     return partition_program(family.model(config, scheme.dtype), scheme, limits, ranks=2)
 
 
-@pytest.mark.parametrize("left_out", [*fuse.FUSIONS, CUBLAS_PASS, Q4_GEMM_PASS, "all", "nothing"])
-def test_whatever_is_left_out_no_operation_stays_abstract(program, left_out):
+EVERY = (*fuse.FUSIONS, FUSE_NORM_PASS, CUBLAS_PASS, Q4_GEMM_PASS)
+
+
+@pytest.mark.parametrize("peers", [False, True])
+@pytest.mark.parametrize("left_out", [*EVERY, "all", "nothing"])
+def test_whatever_is_left_out_no_operation_stays_abstract(program, left_out, peers):
     target = cuda.cuda_target(("sm_90a",))
-    every = {*fuse.FUSIONS, CUBLAS_PASS, Q4_GEMM_PASS}
+    every = set(EVERY)
+    peer = peer_state(program.mod, 2, 16) if peers else None
     disabled = every if left_out == "all" else every & {left_out}
     with target, without_source_context():
-        mod = lower_abstract(program.mod, target, disabled=frozenset(disabled))
+        mod = lower_abstract(program.mod, target, peer, frozenset(disabled))
     calls = {
         op_name(binding.value)
         for func in mod.functions.values()

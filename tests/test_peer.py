@@ -101,8 +101,10 @@ def test_logits_are_gathered_over_peer_memory(ranks, local, vocab):
     before = decode_logits(ranks, local, vocab)
     state = peer_state(before, ranks, 16)
     assert state == PeerState(ranks=ranks, rows=3, features=8, logits=local)
-    # Two halves of sums, then a logit and a flag for each of a row's.
+    # Two halves of sums, then a logit and a flag for each of a row's, then two sums of a row.
     words = 2 * ranks * 3 * 8 + 2 * ranks * 3 * local
+    assert state.sums_at == words
+    words += 2 * ranks * 8
     assert state.tensors["peer_buffer"] == ((words,), "uint32")
     after = add_peer_functions(before, state)
     tvm.ir.assert_structural_equal(after["decode_3"], before["decode_3"])
@@ -117,7 +119,7 @@ def test_logits_are_gathered_over_peer_memory(ranks, local, vocab):
 def test_logits_that_do_not_go_in_pairs_keep_their_collective():
     before = decode_logits(2, 7, 14)
     state = peer_state(before, 2, 16)
-    assert state.logits == 0 and state.tensors["peer_buffer"] == ((2 * 2 * 3 * 8,), "uint32")
+    assert state.logits == 0 and state.sums_at == 2 * 2 * 3 * 8
     names = [op_name(c) for c in calls(add_peer_functions(before, state)["decode_3_peer"])]
     assert "relax.ccl.allgather" in names and "shardwright.peer_store_logits" not in names
 
@@ -187,7 +189,7 @@ def test_a_prefill_has_a_twin_whose_all_reduces_are_of_many_rows():
     tensors = state.tensors
     assert tensors["peer_chunk_calls"] == ((16,), "int32")
     first = 4 * state.chunk_at
-    assert first % 256 == 0 and first >= 4 * 2 * 2 * 3 * 8
+    assert first % 256 == 0 and first >= 4 * (2 * 2 * 3 * 8 + 2 * 2 * 8)
     # Two halves of what the other rank sends, then flags.
     assert 4 * tensors["peer_buffer"][0][0] == first + 2 * 16 * 8 * 2 + 2 * 16 * 3 * 4
     after = add_peer_functions(before, state)

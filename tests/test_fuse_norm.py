@@ -1,0 +1,215 @@
+"""Sums, norms and products of one token in one kernel: what becomes of functions, what stays."""
+
+import shutil
+
+import numpy as np
+import pytest
+import tvm
+import tvm_ffi
+from reference import families
+from tvm import relax
+
+from shardwright.compiler import cuda, fuse
+from shardwright.compiler.fuse_norm import FUSE_NORM_PASS, fuse_norm
+from shardwright.compiler.kernels import gemv_mma
+from shardwright.compiler.lower import lower_abstract
+from shardwright.compiler.peer import add_peer_functions, peer_state
+from shardwright.compiler.program import partition_program
+from shardwright.compiler.propagate import bindings_of
+from shardwright.compiler.quantization import quantization
+from shardwright.compiler.rules import op_name, operands_of
+from shardwright.compiler.script_speed import without_source_context
+from shardwright.compiler.trace import Limits
+from shardwright.model_defs import family_of
+from shardwright.runtime import references
+from shardwright.runtime.selftest import _compare
+
+CONFIG = dict(
+    architectures=["LlamaForCausalLM"], hidden_size=256, intermediate_size=384, vocab_size=100,
+    num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
+    max_position_embeddings=64, rope_theta=1e4, hidden_act="silu", tie_word_embeddings=False,
+    head_dim=64,
+)  # fmt: skip
+
+
+def fused(config, ranks, scheme="q4f16_1"):
+    """A model's module before the pass and after it, and the peers' state."""
+    _, family = family_of(config)
+    scheme = quantization(scheme)
+    model = family.model(family.config.from_hf(config), scheme.dtype)
+    before = partition_program(model, scheme, Limits(64, 2, 32, 16), ranks).mod
+    peer = peer_state(before, ranks, 32)
+    for fusion in fuse.FUSIONS.values():
+        before = fusion(before)
+    if peer is not None:
+        before = add_peer_functions(before, peer)
+    return before, fuse_norm(before, peer), peer
+
+
+def calls(func):
+    """The operations of ours that a function calls: names without `shardwright.`, and results."""
+    found = [(b.var, b.value) for b in bindings_of(func) if isinstance(b.value, relax.Call)]
+    return [(op_name(c).removeprefix("shardwright."), v, operands_of(c)) for v, c in found]
+
+
+def changed(before, after):
+    """Names of the functions that differ."""
+    found = set()
+    for gv, func in before.functions_items():
+        if not tvm_ffi.structural_equal(func, after[gv.name_hint]):
+            found.add(gv.name_hint)
+    return found
+
+
+def item(func, var):
+    """The tuple and the place in it that a variable is taken from."""
+    (value,) = [b.value for b in bindings_of(func) if b.var == var]
+    return value.tuple_value, value.index
+
+
+def test_one_rank_adds_and_norms_in_front_of_its_products():
+    before, after, _ = fused(CONFIG, 1)
+    assert changed(before, after) == {"decode_1"}
+    func = after["decode_1"]
+    found = calls(func)
+    layer = ["append_attention_joined", "relax.reshape", "q4_linear", "add_norm_q4_gated_linear"]
+    layer += ["q4_linear", "add_norm_q4_linear"]
+    names = [name for name, _, _ in found]
+    start = names.index("relax.nn.rms_norm")
+    assert names[start:] == [
+        *("relax.nn.rms_norm", "q4_linear"), *layer * 3, "store_logits", "sample"
+    ]  # fmt: skip
+    pairs = [x for x in found if x[0].startswith("add_norm")]
+    residual = found[start][2][0]
+    for i, (_, pair, (x, y, norm, packed, scale, eps)) in enumerate(pairs):
+        at = [v for _, v, _ in found].index(pair)
+        assert y == found[at - 1][1]  # the product in front
+        # The sum goes on from pair to pair.
+        assert x == residual if i == 0 else item(func, x) == (pairs[i - 1][1], 0)
+        assert eps.value == 1e-5 and packed.name.removesuffix("q4") == scale.name[:-5]
+        assert "norm" in norm.name
+        # And the product to what reads it.
+        reader = found[at + 1][2][0]
+        assert item(func, reader) == (pair, 1)
+    assert str(pairs[-1][1].ty.fields[1].dtype) == "float32" and "lm_head" in pairs[-1][2][3].name
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_ranks_send_and_sum(ranks):
+    before, after, peer = fused(CONFIG, ranks)
+    assert changed(before, after) == {"decode_1_peer"}
+    func = after["decode_1_peer"]
+    found = calls(func)
+    names = [name for name, _, _ in found]
+    start = names.index("relax.nn.rms_norm")
+    layer = ["append_attention_joined", "relax.reshape", "send_q4_linear"]
+    layer += ["sum_norm_q4_gated_linear", "send_q4_linear", "sum_norm_q4_linear"]
+    assert names[start - 1 :] == [
+        *("peer_all_reduce", "relax.nn.rms_norm", "q4_linear"), *layer * 3,
+        *("peer_store_logits", "sample"),
+    ]  # fmt: skip
+    sends = [x for x in found if x[0] == "send_q4_linear"]
+    sums = [x for x in found if x[0].startswith("sum_norm")]
+    residual = found[start][2][0]
+    for i, ((_, sent, send), (_, _pair, args)) in enumerate(zip(sends, sums, strict=True)):
+        x, _, _, *exchange, index, count, first = send
+        assert [t.name for t in exchange] == ["peers", "peer_calls", "rank"]
+        # Numbers of one step and of the next differ, however many there are: a power of two.
+        assert (index.value, count.value, first.value) == (i, 8, peer.sums_at)
+        old, norm, _packed, _scale, done, held, *exchange, index, eps, count, first = args
+        assert [t.name for t in exchange] == ["peers", "peer_calls", "rank"]
+        assert (index.value, count.value, first.value) == (i, 8, peer.sums_at)
+        assert done == sent and held == x and eps.value == 1e-5 and "norm" in norm.name
+        assert old == residual if i == 0 else item(func, old) == (sums[i - 1][1], 0)
+
+
+def test_all_of_several_ranks_or_none():
+    # Two all-reduces behind the first are too few to tell steps apart for sure.
+    before, after, _ = fused(CONFIG | {"num_hidden_layers": 1}, 2)
+    assert not changed(before, after)
+    before, after, _ = fused(CONFIG | {"mlp_bias": True}, 2)
+    assert not changed(before, after)
+    # One rank fuses what it can: behind attention, but not behind a bias.
+    before, after, _ = fused(CONFIG | {"mlp_bias": True}, 1)
+    names = [name for name, _, _ in calls(after["decode_1"])]
+    assert changed(before, after) and "add_norm_q4_linear" in names
+
+
+def test_plain_weights_keep_their_norms():
+    before, after, _ = fused(CONFIG, 1, "q0f16")
+    assert not changed(before, after)
+
+
+def test_without_peers_sums_come_before():
+    before, _, _ = fused(CONFIG, 2)
+    assert not changed(before, fuse_norm(before, None))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "mixtral", "gpt-oss"])
+def test_other_families_stay_whole(name, ranks):
+    config = next(case.config for case in families.cases() if case.name == name)
+    before, after, _ = fused(config, ranks)
+    for function in changed(before, after):
+        read = {x for _, _, args in calls(after[function]) for x in args}
+        # Every product of the function before is still computed, and every result still used.
+        plain, new = ([n for n, _, _ in calls(m[function])] for m in (before, after))
+        assert sum("linear" in n for n in plain) == sum("linear" in n for n in new)
+        for kind, var, _ in calls(after[function]):
+            if kind.startswith("send"):
+                assert var in read
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90a", "sm_120"])
+@pytest.mark.parametrize("disabled", [False, True])
+def test_only_gpus_with_clusters_have_the_kernels(arch, disabled):
+    before, _, _ = fused(CONFIG, 1)
+    target = cuda.cuda_target((arch,))
+    with target, without_source_context():
+        mod = lower_abstract(before, target, disabled=frozenset([FUSE_NORM_PASS] * disabled))
+    names = {gv.name_hint for gv in mod.get_global_vars()}
+    assert any("add_norm_gemv" in n for n in names) == (arch == "sm_90a" and not disabled)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_kernels_compile():
+    product = gemv_mma.Product(1, 96, 256, 32, True)
+    sizes = {"group": 32, "in_features": 256}
+    normed = sizes | {"out_features": 96, "tuned": gemv_mma.normed_plan(product), "eps": 1e-5}
+    peers = {"ranks": 2, "count": 8, "first_word": 64}
+    plain = gemv_mma.plan(gemv_mma.Product(1, 256, 256, 32), clusters=True)
+    kernels = {
+        "add": gemv_mma.add_norm_gemv_mma(**normed, out_dtype="float16", gated=True),
+        "sum": gemv_mma.sum_norm_gemv_mma(
+            **normed, **peers, out_dtype="float32", sent_features=64
+        ),
+        "send": gemv_mma.send_gemv_mma(**sizes, **peers, out_features=256, tuned=plain),
+    }  # fmt: skip
+    target = cuda.cuda_target(("sm_90a",))
+    cuda.install_hook(("sm_90a",))
+    with target:
+        mod = tvm.IRModule({n: f.with_attr("global_symbol", n) for n, f in kernels.items()})
+        assert tvm.compile(mod, target) is not None
+
+
+def test_references():
+    rng = np.random.default_rng(0)
+    residual, y = rng.standard_normal((2, 1, 64)).astype(np.float16)
+    norm, scale = rng.random(64).astype(np.float16), rng.random((6, 2)).astype(np.float16)
+    packed = rng.integers(0, 2**32, (6, 8), dtype=np.uint32)
+    total = residual + y
+    wide = total.astype(np.float64)
+    x = wide / np.sqrt((wide**2).mean() + 1e-5) * norm
+    codes = (packed[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15).reshape(6, 64)
+    out = x @ ((codes - 7.0) * np.repeat(scale.astype(np.float64), 32, 1)).T
+    gate, up = out[:, :3], out[:, 3:]
+    gated = (gate / (1 + np.exp(-gate)) * up).astype(np.float16)
+    note = {"eps": 1e-5, "gated": True}
+    add = [residual, y, norm, packed, scale, total, gated]
+    exchange = [np.zeros(1), y, np.zeros(3), np.zeros(1), np.zeros(1), 0]
+    several = [residual, norm, packed, scale, *exchange, total, gated]
+    for name, args in (("add_norm_gemv_mma_kernel2", add), ("sum_norm_gemv_mma_kernel", several)):
+        reference = references.reference_of(name)
+        assert _compare("x", reference(args, args, note)).passed
+        wrong = [*args[:-1], args[-1] * np.float16(1.05)]
+        assert not _compare("x", reference(args, wrong, note)).passed
