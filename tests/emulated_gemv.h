@@ -3,6 +3,7 @@
 #pragma once
 #include <barrier>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <thread>
@@ -29,6 +30,9 @@ inline half2 __hmul2(half2 a, half2 b) { return {half(a.x * b.x), half(a.y * b.y
 inline half2 __hadd2(half2 a, half2 b) { return {half(a.x + b.x), half(a.y + b.y)}; }
 inline float2 __half22float2(half2 v) { return {(float)v.x, (float)v.y}; }
 inline half2 __floats2half2_rn(float x, float y) { return {half(x), half(y)}; }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+template <class T>
+T __ldcg(const T* from) { return *from; }
 inline float __half2float(half v) { return v; }
 inline half __float2half(float v) { return v; }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
@@ -122,6 +126,10 @@ inline void multiply(float (&c)[4], unsigned w0, unsigned w1, unsigned w2, unsig
 }
 template <unsigned kMask>
 unsigned masked(unsigned word) { return (word & kMask) | 0x64006400; }
+// Of ranks that run one after another: all has been sent before any looks.
+inline void send_word(unsigned* to, unsigned word) { *to = word; }
+inline uint4 look_at_words(const unsigned* from) { return {from[0], from[1], from[2], from[3]}; }
+inline bool given_up(const volatile int* word) { return *word; }
 inline float cluster_load(const float* p, int rank) {
   char* other = reinterpret_cast<char*>(cluster->blocks[rank]->shared.data());
   return *reinterpret_cast<const float*>(other + address(p));

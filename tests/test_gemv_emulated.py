@@ -28,6 +28,29 @@ CASES = {
 }
 
 
+# Ranks, the product that sends, the product of the norm of what all have sent; of one rank, of y.
+SUMS = {
+    "1 rank, gated": (
+        1,
+        (Product(1, 512, 64, 32), Plan(128, 1, 2, 1, 1)),
+        (Product(1, 46, 512, 32, True), Plan(128, 1, 2, 2, 1)),
+    ),
+    "2 ranks, gated": (
+        2,
+        (Product(1, 576, 320, 32), Plan(128, 1, 2, 1, 2)),
+        (Product(1, 46, 576, 32, True), Plan(128, 1, 2, 1, 2)),
+    ),
+    "3 ranks": (
+        3,
+        (Product(1, 1024, 256, 64), Plan(128, 1, 3, 1, 1)),
+        (Product(1, 37, 1024, 64), Plan(256, 1, 2, 2, 1)),
+    ),
+}
+EXCHANGE = (
+    "const int64_t* peers, const int* calls, const int* rank, int index, int count, unsigned first"
+)
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     if shutil.which("g++") is None:
@@ -45,6 +68,27 @@ extern "C" void case_{i}(const half* x, const void* w, const half* scale, half* 
   }});
 }}
 """
+    text += Path(gemv_mma.__file__).with_name("gemv_sum.cuh").read_text()
+    for i, (ranks, *both) in enumerate(SUMS.values()):
+        (sent, sent_grid), (normed, normed_grid) = (grid_of(*one) for one in both)
+        text += f"""
+extern "C" void send_{i}(const half* x, {EXCHANGE}, const void* w, const half* scale) {{
+  run_grid({sent_grid}, [&](char* shared) {{
+    using namespace shardwright_gemv;
+    SentOutput<{ranks}> output{{Exchange{{peers, calls, rank, index, count, first}}}};
+    product<{sent}>(PlainInput{{x}}, w, scale, output, shared);
+  }});
+}}
+extern "C" void sum_{i}(const half* residual, const half* y, const half* norm, half* sum,
+                        {EXCHANGE}, const void* w, const half* scale, half* out) {{
+  run_grid({normed_grid}, [&](char* shared) {{
+    using namespace shardwright_gemv;
+    SumInput<{normed}, {ranks}> input{{residual, y, norm, sum, 1e-5f,
+                                      Exchange{{peers, calls, rank, index, count, first}}}};
+    product<{normed}>(input, w, scale, PlainOutput<half>{{out}}, shared);
+  }});
+}}
+"""
     source = directory / "gemv.cc"
     source.write_text(f'#include "{Path(__file__).with_name("emulated_gemv.h")}"\n{text}')
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", "-o"]
@@ -55,9 +99,24 @@ extern "C" void case_{i}(const half* x, const void* w, const half* scale, half* 
 BLOCKS = 2  # that share the outputs
 
 
+def grid_of(product, plan):
+    """The sizes of a product, and the grid that computes it."""
+    threads = plan.split * plan.teams * 32
+    sizes = f"shardwright_gemv::Sizes<{gemv_mma.sizes(product, plan)}>"
+    return sizes, f"{BLOCKS}, 1, {threads}, {shared_of(product, plan)}"
+
+
 def shared_of(product, plan):
     """More than a GPU would give: it has many more blocks."""
     return product.shared(plan) + 4 * product.batch * product.out_features * plan.split
+
+
+def four_bits(rng, shape, group):
+    """A weight of random codes, its scale, and what they stand for in float64."""
+    weight = rng.integers(0, 2**32, (shape[0], shape[1] // 8), dtype=np.uint32)
+    scale = (rng.random((shape[0], shape[1] // group)) / 16).astype(np.float16)
+    nibbles = (weight[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15).reshape(shape)
+    return weight, scale, (nibbles - 7.0) * np.repeat(scale.astype(np.float64), group, 1)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -67,10 +126,7 @@ def test_product(library, name):
     shape = (product.out_features, product.in_features)
     x = rng.standard_normal((product.batch, product.in_features)).astype(np.float16)
     if product.group:
-        weight = rng.integers(0, 2**32, (shape[0], shape[1] // 8), dtype=np.uint32)
-        scale = (rng.random((shape[0], shape[1] // product.group)) / 16).astype(np.float16)
-        nibbles = (weight[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15).reshape(shape)
-        dense = (nibbles - 7.0) * np.repeat(scale.astype(np.float64), product.group, 1)
+        weight, scale, dense = four_bits(rng, shape, product.group)
     else:
         weight = rng.standard_normal(shape).astype(np.float16)
         scale, dense = weight, weight.astype(np.float64)
@@ -82,3 +138,53 @@ def test_product(library, name):
     arguments = [ctypes.c_void_p(a.ctypes.data) for a in (x, weight, scale, out)]
     getattr(library, f"case_{list(CASES).index(name)}")(*arguments)
     np.testing.assert_allclose(out, want, atol=3e-3 * np.abs(want).max(), rtol=0)
+
+
+def pointers(*values):
+    return [v if isinstance(v, int) else ctypes.c_void_p(v.ctypes.data) for v in values]
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_of_all_ranks_and_their_norm(library, name):
+    ranks, (sender, _), (product, _) = SUMS[name]
+    case, first, count = list(SUMS).index(name), 8, 4
+    rng, features = np.random.default_rng(ranks), product.in_features
+    senders = [four_bits(rng, (features, sender.in_features), sender.group) for _ in range(ranks)]
+    weight, scale, dense = four_bits(rng, (product.out_features, features), product.group)
+    norm = rng.standard_normal(features).astype(np.float16)
+    end = first + 2 * ranks * features
+    buffers = [np.zeros(end + 8, np.uint32) for _ in range(ranks)]
+    peers = np.array([a.ctypes.data for a in (*buffers, np.zeros(1, np.int32))])
+    numbers = [np.array([r], np.int32) for r in range(ranks)]
+    # All-reduces of two steps, between which other functions have counted on; both halves.
+    for step, index in ((1, 0), (1, 1), (1, 2), (1, 3), (7, 0), (7, 1)):
+        calls = np.array([step], np.int32)
+        residual = rng.standard_normal(features).astype(np.float16)
+        given = rng.standard_normal((ranks, sender.in_features)).astype(np.float16)
+        y = rng.standard_normal(features).astype(np.float16)
+        exchange = [(peers, calls, r, index, count, first) for r in numbers]
+        send, add = getattr(library, f"send_{case}"), getattr(library, f"sum_{case}")
+        for r, (words, scales, _) in enumerate(senders) if ranks > 1 else ():
+            send(*pointers(given[r], *exchange[r], words, scales))
+        found = []
+        for r in range(ranks):
+            total, out = np.zeros(features, np.float16), np.zeros(product.outputs, np.float16)
+            arrays = (residual, y, norm, total, *exchange[r], weight, scale, out)
+            add(*pointers(*arrays))
+            found.append((total, out))
+        summands = [x.astype(np.float64) @ s[2].T for x, s in zip(given, senders, strict=True)]
+        more = sum(summands) if ranks > 1 else y.astype(np.float64)
+        total, out = found[0]
+        atol = 2e-3 * np.abs(more).max()
+        np.testing.assert_allclose(total, residual + more, rtol=0, atol=atol)
+        wide = total.astype(np.float64)
+        want = dense @ (wide / np.sqrt((wide**2).mean() + 1e-5) * norm)
+        if product.gated:
+            gate, value = np.split(want, 2)
+            want = gate / (1 + np.exp(-gate)) * value
+        np.testing.assert_allclose(out, want, atol=4e-3 * np.abs(want).max(), rtol=0)
+        for other in found:
+            np.testing.assert_array_equal(other[0], total)
+            np.testing.assert_array_equal(other[1], out)
+        for buffer in buffers:
+            assert not buffer[:first].any() and not buffer[end:].any()
