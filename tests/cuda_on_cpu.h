@@ -288,7 +288,6 @@ inline void phase_arrive(uint64_t* barrier) {
 inline void phase_wait(uint64_t* barrier, int parity) {
   while (((Phase*)barrier)->parity == parity) host::yield();
 }
-inline void fence_copies() {}
 inline void copies_expect(bool, uint64_t*, int) {}
 inline void copy_each(bool mine, void* to, const void* from, int bytes, uint64_t*) {
   if (mine) memcpy(to, from, bytes);

@@ -305,8 +305,7 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
       for (int j = lane; j < (kChunk - 1 - slot) * (D / 8); j += 32)  // no numbers yet
         *reinterpret_cast<uint4*>(values + (slot + 1 + j / (D / 8)) * D +
                                   j % (D / 8) * 8) = uint4{0, 0, 0, 0};
-      fence_copies();
-      __syncwarp();
+      __syncwarp();  // no copy comes to this place of the ring any more
     }
     float score[NT][4] = {}, more[NT][4] = {};  // two sums, which do not wait for each other
     for_pieces<D, 4>([&](auto words, int word, int d) {
@@ -449,7 +448,18 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
     is_last = count_up(decode_finished + item, blocks - 1) == (unsigned)blocks - 1;
   meet(1, THREADS);
   if (!is_last) return;
-  // Join the blocks: shares of their sums from the tops and totals, while the first sums come.
+  if (blocks <= 8) {
+    for (int i = tid; i < pairs; i += THREADS) {
+      Piece piece;
+      piece.add<8>(blocks, [&](int j, float2& value, float2& of) {
+        value = __ldcg(sums + j * PAIRS + i);
+        of = __ldcg(stats + j * Q + i / (D / 2));
+      });
+      write(i, piece);
+    }
+    return;
+  }
+  // Join many blocks: shares of their sums from the tops and totals, while the first sums come.
   constexpr int QUADS = Q * D / 4, AT_ONCE = 16, MINE = (Z::S + 31) / 32;
   const int quads = queries * (D / 4);
   float4 values[AT_ONCE];
