@@ -304,8 +304,6 @@ template <int kWords>
 void load_words(unsigned* to, const void* from) {
   memcpy(to, from, 4 * kWords);
 }
-inline float load_float(const float* from) { return *from; }
-inline half load_half(const half* from) { return *from; }
 inline unsigned count_up(unsigned* counter, unsigned last) {
   unsigned before = __atomic_load_n(counter, __ATOMIC_ACQUIRE);
   while (!__atomic_compare_exchange_n(counter, &before, before >= last ? 0 : before + 1, false,

@@ -91,6 +91,8 @@ int decode_attention_case(int number, const DecodeArgs* args) {
     case 3: attend<DecodeSizes<4, 16, 1, 64, 16, 1, 2, 2, 2, 2, 3, true, true, 64, 20, true, true>>(*args); break;
     case 4: attend<DecodeSizes<1, 12, 1, 144, 16, 1, 1, 2, 1, 2, 2, true, true, 144, 0, false, false>>(*args); break;
     case 5: attend<DecodeSizes<4, 6, 2, 48, 16, 1, 2, 4, 2, 3, 12, true, false, 32, 0, false, true>>(*args); break;
+    case 6: attend<DecodeSizes<1, 9, 1, 128, 64, 1, 2, 2, 1, 12, 12, false, false, 128, 0, false, false>>(*args); break;
+    case 7: attend<DecodeSizes<2, 2, 1, 256, 16, 1, 2, 2, 1, 2, 2, true, true, 256, 0, false, false>>(*args); break;
     default: return 1;
   }
   return 0;

@@ -220,8 +220,10 @@ DECODE = [
     (16, 1, 64, 16, [9, 130, 20, 47], dict(append="joined", window=20, cap=5.0, sinks=True)),
     (12, 1, 144, 16, [50], dict(append="joined")),
     (6, 2, 48, 16, [170, -1, 15, 16], dict(append="apart", rotary=32, sinks=True)),
+    (9, 1, 128, 64, [603], {}),  # of so many blocks that their shares are joined
+    (2, 1, 256, 16, [40, 20], dict(append="joined")),
 ]
-NUMBERS = [0, 0, 0, 1, 2, 3, 4, 5]
+NUMBERS = [0, 0, 0, 1, 2, 3, 4, 5, 6, 7]
 
 
 class DecodeArgs(ctypes.Structure):

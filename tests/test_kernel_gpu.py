@@ -100,7 +100,7 @@ def test_what_the_tensor_core_kernels_take():
     assert attention_cuda.supported(**sizes)
     for change in (
         {"head_dim": 72}, {"head_dim": 272}, {"page_size": 8}, {"dtype": "float32"},
-        {"target": "rocm"}, {"target": "cpu"},
+        {"target": "rocm"}, {"target": "cpu"}, {"rotary": 6},
     ):  # fmt: skip
         assert not attention_cuda.supported(**sizes | change)
     large = sizes | {"head_dim": 256}

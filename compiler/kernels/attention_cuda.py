@@ -32,9 +32,12 @@ def _much_shared(arch: int) -> bool:
     return 90 <= arch < 120
 
 
-def supported(*, head_dim: int, page_size: int, dtype: str, target: Any) -> bool:
-    """Whether the decode kernels take these sizes."""
+def supported(
+    *, head_dim: int, page_size: int, dtype: str, target: Any, rotary: int | None = None
+) -> bool:
+    """Whether the decode kernels take these sizes, and turn `rotary` elements of a head."""
     fits = head_dim % 16 == 0 and head_dim <= 256 and page_size % 16 == 0
+    fits = fits and (rotary or 0) % 4 == 0
     return kind_of(target) == "cuda" and dtype == "float16" and fits
 
 
@@ -54,7 +57,7 @@ class DecodePlan:
 
     A block has `warps` warps that compute and shared memory for `stages` chunks of 16 positions.
     An item's context is cut among at most `splits` blocks, while it is short among so many that
-    each takes `few` chunks; about `blocks` fill the GPU.
+    each takes about `few` chunks; about `blocks` fill the GPU.
     """
 
     parts: int
@@ -98,7 +101,7 @@ def decode_plan(
         while warps > 1:
             bytes_of_ring = min(ring * 1024, limit * 2 // 3)
             stages = max(1, min(32, bytes_of_ring // (64 * head_dim)) // warps) * warps
-            plan = DecodePlan(parts, warps, stages, 2, splits, blocks)
+            plan = DecodePlan(parts, warps, stages, 4, splits, blocks)
             if plan.shared(group, head_dim) <= limit:
                 return plan
             warps //= 2
@@ -135,7 +138,8 @@ def decode_attention(
     `rotary.rotary_append` does, whose arguments before `k_pages` it takes in place of q: "joined"
     or "apart" are queries, keys and values. The token's rows must be different ones.
     `window`, `softcap` and `sinks`, which exclude `append`, are as for `attention.attention_cpu`,
-    `rotary` as for `rotary_append`; `tuned` replaces the plan that the sizes and `arch` suggest.
+    `rotary` as for `rotary_append`, but a multiple of 4; `tuned` replaces the plan that the sizes
+    and `arch` suggest.
     """
     group = heads // kv_heads
     plan = tuned or decode_plan(

@@ -53,6 +53,20 @@ __device__ __forceinline__ void copy_words(unsigned* to, const half* from) {
   }
 }
 
+// 16 bytes from `from` to `near` and 16 from `from + apart` to `far`; half of the lanes read them the
+// other way about, so that fewer read the same bank at the same time.
+__device__ __forceinline__ void copy_in_turn(unsigned* near, unsigned* far, const half* from,
+                                             int apart, bool far_first) {
+  unsigned one[4], other[4];
+  copy_words<4>(one, from + (far_first ? apart : 0));
+  copy_words<4>(other, from + (far_first ? 0 : apart));
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    near[w] = far_first ? other[w] : one[w];
+    far[w] = far_first ? one[w] : other[w];
+  }
+}
+
 // How LANES lanes share D elements: calls f(Int<words>, word, first) for each piece of up to 16
 // bytes, of which a lane holds the elements from first + lane * 2 * words on, as words from `word`.
 template <int D, int LANES, typename F>
@@ -101,25 +115,42 @@ struct Piece {
   }
 };
 
-// Pair j of a head's D / 2 pairs. The first R / 2 are the elements j and j + R / 2, turned by the
-// angle j of `table` [2, R / 2]; the others are neighbours, and stay as they are.
-template <int D, int R>
-__device__ __forceinline__ void turn(half* to, const half* head, const float* table, int j) {
-  if (j >= R / 2) {
-    load_words<1>(reinterpret_cast<unsigned*>(to + 2 * j), head + 2 * j);
-    return;
+// Four elements of a head, from `at` on; or the pairs of j and j + R / 2 and of the two next to them,
+// turned by their angles of `table` [2, R / 2].
+template <int R>
+struct Quad {
+  unsigned x[2], cosines[2], sines[2];
+
+  __device__ __forceinline__ void load(const half* head, int at) { load_words<2>(x, head + at); }
+
+  __device__ __forceinline__ void load_pairs(const half* head, const float* table, int j) {
+    load_words<1>(x, head + j);
+    load_words<1>(x + 1, head + j + R / 2);
+    load_words<2>(cosines, table + j);
+    load_words<2>(sines, table + j + R / 2);
   }
-  const float c = load_float(table + j), s = load_float(table + j + R / 2);
-  const float x = __half2float(load_half(head + j)), y = __half2float(load_half(head + j + R / 2));
-  to[j] = __float2half(x * c - y * s);
-  to[j + R / 2] = __float2half(y * c + x * s);
-}
+
+  __device__ __forceinline__ void store(half* to, int at) const {
+    *reinterpret_cast<uint2*>(to + at) = uint2{x[0], x[1]};
+  }
+
+  __device__ __forceinline__ void store_turned(half* to, int j) const {
+    const half* const low = reinterpret_cast<const half*>(x);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float a = __half2float(low[i]), b = __half2float(low[2 + i]);
+      const float c = __uint_as_float(cosines[i]), s = __uint_as_float(sines[i]);
+      to[j + i] = __float2half(a * c - b * s);
+      to[j + i + R / 2] = __float2half(b * c + a * s);
+    }
+  }
+};
 
 // Sizes of an instance. `Parts` items share the query heads of a kv head. A block has `Warps` warps
-// and the loader, and room for `Stages` chunks. At most `Splits` blocks share an item, and each takes
-// `Few` chunks at least; about `Blocks` fill the GPU. With `Append`, `Rotary` elements of each head
-// are turned, and with `Joined` queries, keys and values
-// lie in one matrix. `Window` is 0 for none.
+// and the loader, and room for `Stages` chunks. At most `Splits` blocks share an item, as many as have
+// about `Few` chunks or more; about `Blocks` fill the GPU. With `Append`, `Rotary` elements of each
+// head are turned, and with `Joined` queries, keys and values lie in one matrix. `Window` is 0 for
+// none.
 template <int Tokens, int Heads, int KvHeads, int HeadDim, int Page, int Parts, int Warps,
           int Stages, int Few, int Splits, int Blocks, bool Append, bool Joined, int Rotary,
           int Window, bool Capped, bool Sinks>
@@ -136,6 +167,7 @@ struct DecodeSizes {
   static constexpr int SHARED = 2 * SUMS + 4 * Q * (W * D > S ? W * D : S);  // in bytes
   // So a place in the ring is always the same warp's, which therefore sees each of its phases end.
   static_assert(STAGES % W == 0, "warps take the places of the ring in turn");
+  static_assert(!APPEND || R % 4 == 0, "pairs are turned two at a time");
 };
 
 struct DecodeArgs {
@@ -158,6 +190,8 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
   constexpr int WORDS_K = D / 8, WORDS_V = D / 16, KP = Z::K * Z::P, STAGES = Z::STAGES;
   constexpr int LINE = Z::LINE, THREADS = W * 32;
   constexpr bool QUERY_HELD = NT * D <= 256;
+  // Where each line of a chunk begins at the same bank of shared memory.
+  constexpr bool IN_TURN = D % 64 == 0, VALUES_IN_TURN = D % 128 == 0;
   __shared__ uint64_t filled[STAGES], emptied[STAGES];
   __shared__ int page_of[STAGES];
   __shared__ float2 joint[W][NT * 8];
@@ -177,18 +211,20 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
   // saves waiting for loads one after the other.
   const int split = block / (Z::N * KP), item = block % (Z::N * KP);
   const int t = item / KP, kv_head = item % KP / Z::P, part = item % Z::P;
-  auto dealt = [&](int i, int blocks) { return i / FEW * (FEW * blocks) + split * FEW + i % FEW; };
-  const int row = a.rows[t], length = a.positions[t] + 1;
+  const int length = a.positions[t] + 1;
   int all = 0;  // chunks of all tokens
   if constexpr (Z::N > 1)
     for (int i = lane; i < Z::N; i += 32) all += chunks_of(a.positions[i] + 1);
-  const int guess = min(dealt(lane, Z::S) * kChunk / PAGE, a.max_pages - 1);
-  int page = 0;
-  if (warp == W) page = a.page_table[(int64_t)min(t, a.table_rows - 1) * a.max_pages + guess];
-  if (tid == 0) {
-    for (int i = 0; i < STAGES; ++i) {
-      phase_start(filled + i, kCopiers);
-      phase_start(emptied + i, 1);
+  const int guess = min((lane * Z::S + split) * kChunk / PAGE, a.max_pages - 1);
+  int row = 0, page = 0;
+  if (warp == W) {
+    row = a.rows[t];
+    page = a.page_table[(int64_t)min(t, a.table_rows - 1) * a.max_pages + guess];
+  } else if (lane == 0) {
+#pragma unroll
+    for (int i = 0; i < STAGES; i += W) {  // its places in the ring
+      phase_start(filled + i + warp, kCopiers);
+      phase_start(emptied + i + warp, 1);
     }
     phases_started();
   }
@@ -200,7 +236,7 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
     for (int mask = 1; mask < 32; mask *= 2) all += __shfl_xor_sync(~0u, all, mask);
     share = max(FEW, (all * KP + Z::BLOCKS - 1) / Z::BLOCKS);
   }
-  const int most = (int)sqrtf(4.f * chunks);  // joining more sums would take longer
+  const int most = (int)(1.5f * sqrtf(chunks));  // joining more sums would take longer
   const int blocks = min(min(Z::S, most), max(1, (chunks + share / 2) / share));
   if (split >= blocks) {
     wait_for_inputs();
@@ -209,17 +245,15 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
         a.out[((int64_t)t * Z::H + kv_head * Z::GROUP) * D + i] = __float2half(0.f);
     return;
   }
-  const int rounds = chunks / (FEW * blocks);
-  const int rest = chunks - rounds * FEW * blocks - split * FEW;
-  const int count = rounds * FEW + max(0, min(FEW, rest));  // of this block's chunks
-  auto chunk_of = [&](int i) { return dealt(i, blocks); };  // the block's i-th of the item
+  const int count = (chunks - split + blocks - 1) / blocks;  // of this block's chunks
+  auto chunk_of = [&](int i) { return i * blocks + split; };  // the block's i-th of the item
 
   if (warp == W) {  // the loader
     if (!Z::APPEND) wait_for_inputs();
     // Each lane copies a chunk, as many lanes at a time as there are warps to take them.
     const int* const pages = a.page_table + (int64_t)row * a.max_pages;
     auto index_of = [&](int i) { return (chunk0 + chunk_of(min(i, count - 1))) * kChunk / PAGE; };
-    if (row != t || index_of(lane) != guess) page = pages[index_of(lane)];
+    if (lane < count && (row != t || index_of(lane) != guess)) page = pages[index_of(lane)];
     for (int i0 = 0; i0 < count; i0 += 32) {
       const int i = i0 + lane, stage = i % STAGES, now = page, some = min(32, count - i0);
       if (i0 + 32 < count) page = pages[index_of(i + 32)];
@@ -254,12 +288,26 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
     const int64_t token = (int64_t)t * (Z::JOINED ? LONG : Z::K * D) + kv_head * D;
     const half* const key = Z::JOINED ? a.q + token + Z::H * D : a.k + token;
     const half* const value = Z::JOINED ? a.q + token + (Z::H + Z::K) * D : a.v + token;
-    for (int i = tid; i < (queries + 1) * (D / 2); i += THREADS) {
-      const int head = i / (D / 2), j = i % (D / 2);
-      turn<D, Z::R>(heads + head * LINE, head < queries ? q + head * D : key, table, j);
+    constexpr int EACH = ((Q + 2) * (D / 4) + THREADS - 1) / THREADS, AT_ONCE = EACH < 4 ? EACH : 4;
+    for (int first = tid; first < (queries + 2) * (D / 4); first += AT_ONCE * THREADS) {
+      Quad<Z::R> quads[AT_ONCE];
+      auto each = [&](auto f) {
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; ++n) {
+          const int i = first + n * THREADS, head = i / (D / 4), j = i % (D / 4) * 2;
+          if (head < queries + 2) f(quads[n], head, j, head <= queries && j < Z::R / 2);
+        }
+      };
+      each([&](Quad<Z::R>& quad, int head, int j, bool turned) {
+        const half* const from = head < queries ? q + head * D : head == queries ? key : value;
+        if (turned) quad.load_pairs(from, table, j);
+        else quad.load(from, 2 * j);
+      });
+      each([&](Quad<Z::R>& quad, int head, int j, bool turned) {
+        if (turned) quad.store_turned(heads + head * LINE, j);
+        else quad.store(heads + head * LINE, 2 * j);
+      });
     }
-    for (int i = tid; i < D / 2; i += THREADS)
-      load_words<1>(reinterpret_cast<unsigned*>(heads + (queries + 1) * LINE) + i, value + 2 * i);
   } else {
     for (int i = tid; i < queries * (D / 8); i += THREADS)
       load_words<4>(reinterpret_cast<unsigned*>(heads + i / (D / 8) * LINE + i % (D / 8) * 8),
@@ -308,12 +356,7 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
       __syncwarp();  // no copy comes to this place of the ring any more
     }
     float score[NT][4] = {}, more[NT][4] = {};  // two sums, which do not wait for each other
-    for_pieces<D, 4>([&](auto words, int word, int d) {
-      unsigned key[2][words.value];
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        copy_words<words.value>(key[h],
-                                keys + (g + 8 * h) * D + d + c * 2 * words.value);
+    auto multiply = [&](auto words, int word, int d, const unsigned* key, const unsigned* below) {
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         unsigned now[words.value];
@@ -321,10 +364,30 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
         const unsigned* const of = QUERY_HELD ? &query[n][word] : now;
 #pragma unroll
         for (int w = 0; w < words.value; w += 2)
-          mma_16n8k16(w == 0 ? score[n] : more[n], key[0][w], key[1][w], key[0][w + 1],
-                      key[1][w + 1], of[w], of[w + 1]);
+          mma_16n8k16(w == 0 ? score[n] : more[n], key[w], below[w], key[w + 1], below[w + 1], of[w],
+                      of[w + 1]);
       }
-    });
+    };
+    if constexpr (IN_TURN) {
+#pragma unroll
+      for (int d = 0; d < D; d += 64) {
+        unsigned key[2][2][4];
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          copy_in_turn(key[0][h], key[1][h], keys + (g + 8 * h) * D + d + c * 8, 32, g % 2 != 0);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          multiply(Int<4>(), d / 8 + i * 4, d + i * 32, key[i][0], key[i][1]);
+      }
+    } else {
+      for_pieces<D, 4>([&](auto words, int word, int d) {
+        unsigned key[2][words.value];
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          copy_words<words.value>(key[h], keys + (g + 8 * h) * D + d + c * 2 * words.value);
+        multiply(words, word, d, key[0], key[1]);
+      });
+    }
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -367,12 +430,7 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
       weight[n][0] = transposed_8x8(pack_halves(score[n][0], score[n][1]));
       weight[n][1] = transposed_8x8(pack_halves(score[n][2], score[n][3]));
     }
-    for_pieces<D, 8>([&](auto words, int word, int d) {
-      unsigned value[4][words.value];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        copy_words<words.value>(value[i], values + (2 * c + i % 2 + i / 2 * 8) * D +
-                                              d + g * 2 * words.value);
+    auto add = [&](auto words, int word, const auto* value) {
 #pragma unroll
       for (int w = 0; w < words.value; ++w) {
         const unsigned a0 = __byte_perm(value[0][w], value[1][w], 0x5410);
@@ -383,7 +441,28 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
         for (int n = 0; n < NT; ++n)
           mma_16n8k16(sum[n][word + w], a0, a1, a2, a3, weight[n][0], weight[n][1]);
       }
-    });
+    };
+    auto line = [&](int i) { return values + (2 * c + i % 2 + i / 2 * 8) * D; };
+    if constexpr (VALUES_IN_TURN) {
+#pragma unroll
+      for (int d = 0; d < D; d += 128) {
+        unsigned value[2][4][4];
+        const int near = d + g * 8, far = d + 64 + (g ^ 4) * 8;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          copy_in_turn(value[0][i], value[1][i], line(i) + near, far - near, c % 2 != 0);
+        add(Int<4>(), d / 16, value[0]);
+        add(Int<4>(), d / 16 + 4, value[1]);
+      }
+    } else {
+      for_pieces<D, 8>([&](auto words, int word, int d) {
+        unsigned value[4][words.value];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          copy_words<words.value>(value[i], line(i) + d + g * 2 * words.value);
+        add(words, word, value);
+      });
+    }
     __syncwarp();
     if (lane == 0) phase_arrive(emptied + stage);
   }
@@ -404,10 +483,11 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
       if (g == 0) joint[warp][head] = float2{high[n][h], mass[n][h]};
       if (warp < busy && head < queries)
         for_pieces<D, 8>([&](auto words, int word, int d) {
+          const bool far = VALUES_IN_TURN && word % 8 == 4;
 #pragma unroll
           for (int w = 0; w < words.value; ++w)
             *reinterpret_cast<float2*>(
-                &staged[place(warp, head, d + (g * words.value + w) * 2)]) =
+                &staged[place(warp, head, d + ((far ? g ^ 4 : g) * words.value + w) * 2)]) =
                 float2{sum[n][word + w][h], sum[n][word + w][2 + h]};
         });
     }

@@ -185,16 +185,6 @@ __device__ __forceinline__ void load_words(unsigned* to, const void* from) {
   else
     asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
 }
-__device__ __forceinline__ float load_float(const float* from) {
-  float x;
-  asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(from));
-  return x;
-}
-__device__ __forceinline__ half load_half(const half* from) {
-  unsigned short x;
-  asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(from));
-  return __ushort_as_half(x);
-}
 // One more has come to `counter`; the number before it, which `last` brings back to 0. Ordered
 // behind the block's writes before a barrier, and before its reads after the next.
 __device__ __forceinline__ unsigned count_up(unsigned* counter, unsigned last) {

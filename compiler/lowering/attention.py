@@ -138,8 +138,9 @@ def lower_append_attention(k: Kernels, call: relax.Call, args: list[relax.Expr])
     out, *pages = call.ty.fields
     shapes = _cache_shapes(k, relax.Var("q", out), args[at], args[at + 2])
     sizes = {name: shapes[name] for name in ("head_dim", "page_size", "dtype")}
-    if shapes["tokens"] is not None and attention_cuda.supported(**sizes, target=k.target):
-        turned = 2 * shape_of(args[at - 1])[2]
+    turned = 2 * shape_of(args[at - 1])[2]
+    supported = attention_cuda.supported(**sizes, target=k.target, rotary=turned)
+    if shapes["tokens"] is not None and supported:
         kernel = k.kernel(
             attention_cuda.decode_attention,
             **shapes,
