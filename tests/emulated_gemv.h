@@ -1,6 +1,7 @@
 // What gemv_mma.cuh and experts.cuh need of CUDA, on a CPU: a thread for each CUDA thread of a cluster, which meet
 // at barriers where those of a warp, a block or a cluster do.
 #pragma once
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstdint>
@@ -11,6 +12,7 @@
 #define SHARDWRIGHT_EMULATED
 #define __device__
 #define __forceinline__ inline
+using std::max;
 using std::min;
 
 typedef unsigned uint;
@@ -78,6 +80,30 @@ namespace shardwright {
 inline void wait_for_inputs() {}
 inline void launch_dependents() {}
 inline void cluster_meet() { cluster->meet->arrive_and_wait(); }
+// The phase, arrivals of it to come, and of each.
+struct Phase { std::atomic<int> phase; std::atomic<short> left; short arrivals; };
+static_assert(sizeof(Phase) == sizeof(uint64_t));
+constexpr int kCopiers = 1;
+inline Phase& phase_at(uint64_t* barrier) { return *reinterpret_cast<Phase*>(barrier); }
+inline void phase_start(uint64_t* barrier, int arrivals) {
+  Phase& p = phase_at(barrier);
+  p.phase = 0, p.left = p.arrivals = arrivals;
+}
+inline void phases_started() {}
+inline void fence_copies() {}
+inline void phase_wait(uint64_t* barrier, int parity) {
+  while (phase_at(barrier).phase % 2 == parity) std::this_thread::yield();
+}
+inline void copies_expect(bool, uint64_t*, int) {}
+inline void copy_each(bool mine, void* to, const void* from, int bytes, uint64_t*) {
+  if (mine) memcpy(to, from, bytes);
+}
+// The lanes of a warp have issued theirs, and copies arrive where they are issued.
+inline void copies_issued(bool mine, uint64_t* barrier) {
+  __syncwarp();
+  Phase& p = phase_at(barrier);
+  if (mine && --p.left == 0) p.left = p.arrivals, ++p.phase;
+}
 }  // namespace shardwright
 
 namespace shardwright_gemv {
@@ -130,9 +156,9 @@ unsigned masked(unsigned word) { return (word & kMask) | 0x64006400; }
 inline void send_word(unsigned* to, unsigned word) { *to = word; }
 inline uint4 look_at_words(const unsigned* from) { return {from[0], from[1], from[2], from[3]}; }
 inline bool given_up(const volatile int* word) { return *word; }
-inline float cluster_load(const float* p, int rank) {
-  char* other = reinterpret_cast<char*>(cluster->blocks[rank]->shared.data());
-  return *reinterpret_cast<const float*>(other + address(p));
+template <int kCount>
+void cluster_load(float (&v)[kCount], const float* p, int rank) {
+  memcpy(v, reinterpret_cast<char*>(cluster->blocks[rank]->shared.data()) + address(p), sizeof(v));
 }
 }  // namespace shardwright_gemv
 

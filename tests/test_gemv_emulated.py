@@ -19,11 +19,14 @@ CASES = {
     "fp16": (Product(1, 19, 200), Plan(128, 1, 2, 2, 1)),
     "fp16, 9 tokens, cluster": (Product(9, 40, 392), Plan(128, 1, 3, 1, 2, 2)),
     "fp16, gated, phases": (Product(3, 22, 520, 0, True), Plan(128, 2, 2, 2, 1, 1, 3)),
+    "fp16, tiles in phases": (Product(5, 72, 640), Plan(128, 1, 3, 1, 1, 1, 3)),
     "q4": (Product(1, 37, 1088, 32), Plan(256, 1, 2, 2, 1)),
     "q4, gated, one token": (Product(1, 44, 1024, 32, True), Plan(128, 1, 3, 2, 2)),
     "q4, group 128, one token, phases": (Product(1, 21, 1536, 128), Plan(128, 1, 2, 2, 1, 1, 2)),
     "q4, gated, 10 tokens": (Product(10, 42, 448, 32, True), Plan(128, 1, 2, 1, 2)),
     "q4, group 64, cluster": (Product(2, 17, 896, 64), Plan(128, 1, 2, 1, 1, 2, 2)),
+    "q4, gated, 16 tokens, cluster": (Product(16, 96, 2048, 32, True), Plan(128, 2, 2, 2, 2, 2)),
+    "q4, 12 tokens, phases": (Product(12, 44, 1088, 32), Plan(128, 1, 2, 1, 2, 1, 2)),
     "q4, group 128": (Product(8, 33, 768, 128), Plan(128, 1, 4, 1, 2)),
 }
 

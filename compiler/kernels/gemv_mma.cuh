@@ -56,13 +56,17 @@ __device__ __forceinline__ unsigned masked(unsigned word) {
   return out;
 }
 
-// The float at `p` in shared memory of block `rank` of the cluster.
-__device__ __forceinline__ float cluster_load(const float* p, int rank) {
-  float v = 0.f;
+// `kCount` floats, four or one, at `p` in shared memory of block `rank` of the cluster.
+template <int kCount>
+__device__ __forceinline__ void cluster_load(float (&v)[kCount], const float* p, int rank) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(shardwright::in_block(p, rank)));
+  const unsigned at = shardwright::in_block(p, rank);
+  if constexpr (kCount == 4)
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "r"(at));
+  else
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v[0]) : "r"(at));
 #endif
-  return v;
 }
 #endif  // SHARDWRIGHT_EMULATED
 
@@ -72,6 +76,12 @@ __device__ __forceinline__ void read(half (&out)[kCount], const char* from) {
   if (kCount == 4) *reinterpret_cast<uint2*>(out) = *reinterpret_cast<const uint2*>(from);
   else if (kCount == 2) *reinterpret_cast<unsigned*>(out) = *reinterpret_cast<const unsigned*>(from);
   else out[0] = *reinterpret_cast<const half*>(from);
+}
+
+template <int kCount>
+__device__ __forceinline__ void read(float (&out)[kCount], const float* from) {
+  if (kCount == 4) *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(from);
+  else out[0] = *from;
 }
 
 // Eight elements less their scale as four pairs: 0 4, 1 5, 2 6, 3 7. 0x6400 is 1024 in half
@@ -127,11 +137,26 @@ struct Sizes {
   static constexpr int kBlocks32 = kElements / 32;        // pieces of 32 elements of a chunk
   static constexpr int kPieces = kSteps * kSplit * kBlocks32 * 4;  // 16 bytes of x, of a token
   static constexpr int kTokens8 = (kBatch + 7) / 8;
+  static constexpr int kRing = kSplit * kTeams * kDepth * kSlot;
   // Of one token and four bits each group of 32 elements has a column of its own: see `consume`.
   static constexpr bool kColumns = kBatch == 1 && kQ4;
   static constexpr int kGroups = kColumns ? kPieces / 4 : 0;  // of x
   static_assert(!kColumns || (kTiles == 1 && kBlocks32 % 8 == 0), "a chunk fills columns");
+  // Else x lies in shared memory as in memory, a phase ahead, where there are several. Eight lanes
+  // that read together meet no bank twice.
+  static constexpr int kStepBytes = kSplit * kElements * 2, kPhaseBytes = kSteps * kStepBytes;
+  static constexpr int kXPitch = kPhaseBytes + (kQ4 ? 64 : 16);
+  static constexpr int kBuffers = kPhases > 1 ? 2 : 1;
+  static constexpr int kBarriers = kRing + kBuffers * kBatch * kXPitch;
+  static constexpr int kPartial = kBarriers + (kBuffers * kSteps + 1) / 2 * 16;
+  // Whether x is put into the order of a four-bit weight on its way there. Else that is done where it
+  // is read, and copies need no registers: so of several phases, and of 5 to 8 tokens, where the one
+  // was seen to cost less than the other.
+  static constexpr bool kOrdered =
+      kQ4 && !kColumns && kPhases == 1 && (kBatch <= 4 || kTokens8 > 1);
   static constexpr int kOutputsOf = kGated ? 8 : 16;      // a tile has
+  // Outputs that a thread writes at once.
+  static constexpr int kWide = kBatch == 1 || kOutputs % 4 ? 1 : 4;
 };
 
 // Where a warp's next chunk is read from and written to.
@@ -153,7 +178,7 @@ struct Copies {
 
   __device__ __forceinline__ void issue(int rank, int split) {
     const int lane = threadIdx.x % 32;
-    const int chunk = ((phase * Z::kSteps + step) * Z::kCluster + rank) * Z::kSplit + split;
+    const int chunk = ((phase * Z::kCluster + rank) * Z::kSteps + step) * Z::kSplit + split;
     const bool in = Z::kWhole || chunk * Z::kChunk + lane % kLanes * 16 < Z::kRowBytes;
     constexpr int kStep = 32 / kLanes;
 #pragma unroll
@@ -180,64 +205,60 @@ struct Copies {
       }
     }
     if (++slot == Z::kDepth) slot = 0;
-    constexpr int kOn = Z::kCluster * Z::kSplit;
-    weight += kOn * Z::kChunk, scale += kOn * Z::kScaleBytes;
+    constexpr int kRow = Z::kSteps * Z::kSplit;  // chunks of a row that a block takes in a phase
+    weight += Z::kSplit * Z::kChunk, scale += Z::kSplit * Z::kScaleBytes;
     if (++step == Z::kSteps) {
       constexpr long long kDown = Z::kTeams * Z::kTiles * Z::kOutputsOf;
       step = 0, left -= kDown;
-      weight += kDown * Z::kRowBytes - Z::kSteps * kOn * Z::kChunk;
-      scale += kDown * Z::kScaleRow - Z::kSteps * kOn * Z::kScaleBytes;
+      weight += kDown * Z::kRowBytes - kRow * Z::kChunk;
+      scale += kDown * Z::kScaleRow - kRow * Z::kScaleBytes;
       if (Z::kPhases > 1 && left <= 0) {
         ++phase, left = all_left;
-        weight = weight_start + phase * Z::kSteps * kOn * Z::kChunk;
-        scale = scale_start + phase * Z::kSteps * kOn * Z::kScaleBytes;
+        weight = weight_start + phase * kRow * Z::kCluster * Z::kChunk;
+        scale = scale_start + phase * kRow * Z::kCluster * Z::kScaleBytes;
       }
     }
   }
 };
 
-// x in shared memory: [32 elements][token][16 bytes of lane t], in the order in which the lanes hold
-// the weight, and for columns what each group adds to its sum, then a piece of zeros.
+// Eight elements in the order in which those of a word of four bits are unpacked.
+__device__ __forceinline__ uint4 ordered(uint4 v) {
+  return make_uint4(__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632),
+                    __byte_perm(v.y, v.w, 0x5410), __byte_perm(v.y, v.w, 0x7632));
+}
+
+// x of one token for columns, in that order, what each group adds to its sum, and a piece of zeros.
 template <class Z>
 struct Staged {
   char* pieces;
 
   __device__ __forceinline__ float* added() const {
-    return reinterpret_cast<float*>(pieces + Z::kPieces * Z::kBatch * 16);
+    return reinterpret_cast<float*>(pieces + Z::kPieces * 16);
   }
   __device__ __forceinline__ char* zeros() const {
-    return pieces + Z::kPieces * Z::kBatch * 16 + Z::kGroups * 4;
+    return pieces + Z::kPieces * 16 + Z::kGroups * 4;
   }
   __device__ __forceinline__ float* partial() const {  // what lies behind x
-    return reinterpret_cast<float*>(zeros() + (Z::kColumns ? 16 : 0));
+    return reinterpret_cast<float*>(zeros() + 16);
   }
 
-  // Elements 8 e to 8 e + 7 of a token; by four lanes together, which have four pieces in a row.
-  __device__ __forceinline__ void put(int token, int e, uint4 v) const {
-    unsigned* to = reinterpret_cast<unsigned*>(pieces + (e / 4 * Z::kBatch + token) * 64);
-    if (!Z::kQ4) {
-      to += e % 4;
-      to[0] = v.x, to[4] = v.y, to[8] = v.z, to[12] = v.w;
-      return;
-    }
-    unsigned words[4] = {__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632),
-                         __byte_perm(v.y, v.w, 0x5410), __byte_perm(v.y, v.w, 0x7632)};
-    if (Z::kColumns) {
-      // Codes arrive with 1024 added and every second pair times 16; both have 7 too many.
-      const half2 sixteenth = __half2half2(__ushort_as_half(0x2c00));
-      float sum = 0.f;
+  // Elements 8 e to 8 e + 7; by four lanes together, which have four pieces in a row.
+  __device__ __forceinline__ void put(int e, uint4 v) const {
+    uint4 words = ordered(v);
+    // Codes arrive with 1024 added and every second pair times 16; both have 7 too many.
+    const half2 sixteenth = __half2half2(__ushort_as_half(0x2c00));
+    half2* const pairs = reinterpret_cast<half2*>(&words);
+    float sum = 0.f;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        half2* const pair = reinterpret_cast<half2*>(&words[i]);
-        if (i % 2) *pair = __hmul2(*pair, sixteenth);
-        const float2 f = __half22float2(*pair);
-        sum -= (i % 2 ? 1024.f + 16.f * 7.f : 1024.f + 7.f) * (f.x + f.y);
-      }
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      if (e % 4 == 0) added()[e / 4] = sum;
+    for (int i = 0; i < 4; ++i) {
+      if (i % 2) pairs[i] = __hmul2(pairs[i], sixteenth);
+      const float2 f = __half22float2(pairs[i]);
+      sum -= (i % 2 ? 1024.f + 16.f * 7.f : 1024.f + 7.f) * (f.x + f.y);
     }
-    *reinterpret_cast<uint4*>(to + e % 4 * 4) = make_uint4(words[0], words[1], words[2], words[3]);
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    if (e % 4 == 0) added()[e / 4] = sum;
+    *reinterpret_cast<uint4*>(pieces + e * 16) = words;
   }
 };
 
@@ -247,10 +268,43 @@ struct PlainInput {
   const half* x;
 
   __device__ __forceinline__ void before() {}  // what may be read before the kernels in front end
-  // A phase's part of x.
+  // A phase's part of x for columns.
   template <class Z>
-  __device__ __forceinline__ void stage(Staged<Z> staged, int phase, int rank) const {
-    constexpr int kCount = Z::kBatch * Z::kPieces, kOfStep = Z::kSplit * Z::kBlocks32 * 4;
+  __device__ __forceinline__ void stage(Staged<Z> staged, int phase, int) const {
+    each<Z>(phase * Z::kPieces, [&](int, int piece, uint4 v) { staged.put(piece, v); });
+  }
+  // x of several tokens, in order.
+  template <class Z>
+  __device__ __forceinline__ void bring_ordered(char* shared, int rank) const {
+    each<Z>(rank * Z::kPieces, [&](int token, int piece, uint4 v) {
+      *reinterpret_cast<uint4*>(shared + Z::kRing + token * Z::kXPitch + piece * 16) = ordered(v);
+    });
+  }
+  // A phase's part of x as it is, the columns of each step with a barrier of their own. The warps
+  // take steps in turn.
+  template <class Z>
+  __device__ __forceinline__ void bring(char* shared, int phase, int rank) const {
+    const int lane = threadIdx.x % 32, buffer = phase % Z::kBuffers;
+    uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + Z::kBarriers) + buffer * Z::kSteps;
+    char* to = shared + Z::kRing + (buffer * Z::kBatch + lane) * Z::kXPitch;
+    const char* from = reinterpret_cast<const char*>(x + (long long)lane * Z::kInner);
+    const int first = (phase * Z::kCluster + rank) * Z::kPhaseBytes;
+    for (int step = threadIdx.x / 32; step < Z::kSteps; step += Z::kThreads / 32) {
+      const int at = step * Z::kStepBytes;
+      const int bytes = Z::kWhole ? Z::kStepBytes
+                                  : max(0, min(Z::kStepBytes, Z::kInner * 2 - first - at));
+      shardwright::copies_expect(lane == 0, barriers + step, bytes * Z::kBatch);
+      shardwright::copy_each(lane < Z::kBatch && bytes > 0, to + at, from + first + at, bytes,
+                             barriers + step);
+      shardwright::copies_issued(lane == 0, barriers + step);
+    }
+  }
+
+ private:
+  // put(token, piece, eight elements) for all pieces of a phase, of which `first` is the first.
+  template <class Z, class Put>
+  __device__ __forceinline__ void each(int first, Put put) const {
+    constexpr int kCount = Z::kBatch * Z::kPieces;
     constexpr int kMost = (kCount + Z::kThreads - 1) / Z::kThreads, kUnroll = kMost < 8 ? kMost : 8;
     // Blocks start at different places: all reading the same bytes at once would be slow.
     const int turn = blockIdx.x * 37 % (kCount / 4) * 4;
@@ -260,9 +314,7 @@ struct PlainInput {
       for (int u = 0; u < kUnroll; ++u) {
         int i = base + u * Z::kThreads + turn;
         i = i < kCount ? i : i - kCount;
-        const int token = i / Z::kPieces, e = i % Z::kPieces;
-        const int step = phase * Z::kSteps + e / kOfStep;
-        const int at = (step * Z::kCluster + rank) * kOfStep + e % kOfStep;
+        const int token = i / Z::kPieces, at = first + i % Z::kPieces;
         pieces[u] = make_uint4(0, 0, 0, 0);
         if (base + u * Z::kThreads < kCount && (Z::kWhole || at < Z::kInner / 8))
           pieces[u] = *reinterpret_cast<const uint4*>(x + token * Z::kInner + at * 8);
@@ -271,7 +323,7 @@ struct PlainInput {
       for (int u = 0; u < kUnroll; ++u) {
         int i = base + u * Z::kThreads + turn;
         i = i < kCount ? i : i - kCount;
-        if (base + u * Z::kThreads < kCount) staged.put(i / Z::kPieces, i % Z::kPieces, pieces[u]);
+        if (base + u * Z::kThreads < kCount) put(i / Z::kPieces, i % Z::kPieces, pieces[u]);
       }
     }
   }
@@ -351,9 +403,16 @@ __device__ __forceinline__ void consume(float (&sums)[Z::kTiles][Z::kTokens8][4]
     for (int p = 0; p < (Z::kQ4 ? 4 : 1); ++p) {
       uint4 tokens[Z::kTokens8];
 #pragma unroll
-      for (int n = 0; n < Z::kTokens8; ++n)
-        tokens[n] = *reinterpret_cast<const uint4*>(
-            x + (((Z::kQ4 ? q * 4 + p : q) * Z::kBatch + min(g + 8 * n, Z::kBatch - 1)) * 64));
+      for (int n = 0; n < Z::kTokens8; ++n) {
+        if (Z::kQ4) {
+          const char* at = x + min(g + 8 * n, Z::kBatch - 1) * Z::kXPitch + lane % 4 * 16;
+          tokens[n] = *reinterpret_cast<const uint4*>(at + (q * 4 + p) * 64);
+          if (!Z::kOrdered) tokens[n] = ordered(tokens[n]);
+        } else {
+          const char* at = x + min(lane % 8 + 8 * n, Z::kBatch - 1) * Z::kXPitch + lane / 8 * 16;
+          tokens[n] = load_matrices(address(at) + q * 64);
+        }
+      }
 #pragma unroll
       for (int r = 0; r < Z::kTiles; ++r) {
         if (Z::kQ4) {
@@ -400,6 +459,14 @@ struct PlainOutput {
   __device__ __forceinline__ void put(int token, int output, Out value) const {
     out[(long long)token * Z::kOutputs + output] = value;
   }
+  template <class Z>
+  __device__ __forceinline__ void put(int token, int output, const Out (&values)[4]) const {
+    Out* const to = out + (long long)token * Z::kOutputs + output;
+    if (sizeof(Out) == 4)
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
+    else
+      *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(values);
+  }
 };
 
 // `scale` may be anything for an fp16 weight; `shared` is 16-byte aligned; every thread calls it.
@@ -412,14 +479,18 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
   const int rank = blockIdx.x % Z::kCluster, part = blockIdx.x / Z::kCluster;
   const int parts = gridDim.x / Z::kCluster;
   // The outputs of this block, or cluster.
-  const int first = (int)((long long)Z::kOutputs * part / parts);
-  const int count = (int)((long long)Z::kOutputs * (part + 1) / parts) - first;
+  constexpr int kUnits = Z::kOutputs / Z::kWide;
+  const int first = (int)((long long)kUnits * part / parts) * Z::kWide;
+  const int count = (int)((long long)kUnits * (part + 1) / parts) * Z::kWide - first;
   constexpr int kTake = Z::kTiles * Z::kOutputsOf;  // outputs a warp takes at a time
   const int takes = (count + kTake - 1) / kTake;
   const int mine = takes > team ? (takes - team + Z::kTeams - 1) / Z::kTeams : 0;
-  const int height = ((Z::kOutputs + parts - 1) / parts + kTake - 1) / kTake * Z::kRows;
-  const Staged<Z> staged{shared + Z::kSplit * Z::kTeams * Z::kDepth * Z::kSlot};
-  float* const partial = staged.partial();
+  const int most = (kUnits + parts - 1) / parts * Z::kWide;
+  // Of the sums of a token. Lanes that write together meet no bank twice.
+  const int pitch = (most + kTake - 1) / kTake * Z::kRows + 4;
+  const Staged<Z> columns{shared + Z::kRing};
+  float* const partial =
+      Z::kColumns ? columns.partial() : reinterpret_cast<float*>(shared + Z::kPartial);
 
   using Ahead = Copies<Z>;
   Ahead ahead;
@@ -429,7 +500,7 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
   ahead.scale_to = address(ring) + Z::kRows * Z::kPitch +
                    lane / Ahead::kScaleLanes * Z::kScalePitch +
                    lane % Ahead::kScaleLanes * Z::kScalePiece;
-  const int at = rank * Z::kSplit + split;
+  const int at = rank * Z::kSteps * Z::kSplit + split;
   ahead.weight_start = static_cast<const char*>(weight) +
                        (long long)(row + lane / Ahead::kLanes) * Z::kRowBytes + at * Z::kChunk +
                        lane % Ahead::kLanes * 16;
@@ -444,21 +515,49 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
     if (d < items) ahead.issue(rank, split);
     commit_copies();
   }
-  if (Z::kColumns && tid == 0)
-    *reinterpret_cast<uint4*>(staged.zeros()) = make_uint4(0, 0, 0, 0);
+  uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared + Z::kBarriers);
+  if constexpr (Z::kColumns) {
+    if (tid == 0) *reinterpret_cast<uint4*>(columns.zeros()) = make_uint4(0, 0, 0, 0);
+  } else if (!Z::kOrdered) {
+    for (int i = tid; i < Z::kBuffers * Z::kSteps; i += Z::kThreads)
+      shardwright::phase_start(barriers + i, shardwright::kCopiers);
+    if (!Z::kWhole) {
+      // What weights past the end, which are zeros, are multiplied with is no NaN.
+      for (int i = Z::kRing + tid * 16; i < Z::kBarriers; i += Z::kThreads * 16)
+        *reinterpret_cast<uint4*>(shared + i) = make_uint4(0, 0, 0, 0);
+      shardwright::fence_copies();
+    }
+    shardwright::phases_started();
+    __syncthreads();
+  }
   input.before(), output_to.template before<Z>();
   if (Input::kWaits) shardwright::wait_for_inputs();
   output_to.template after<Z>();
+  if constexpr (Z::kOrdered) {
+    input.template bring_ordered<Z>(shared, rank);
+    __syncthreads();
+  } else if constexpr (!Z::kColumns) {
+    for (int phase = 0; phase < Z::kBuffers; ++phase) input.template bring<Z>(shared, phase, rank);
+  }
   // The next kernel may start once all copies are under way: sooner its own would only delay them.
   // What it reads of kernels in front of this one is there, as this one has waited.
   if (items < Z::kDepth) shardwright::launch_dependents();
   int slot = 0;
+  float sums[Z::kTiles][Z::kTokens8][4] = {};
+  float rows[2] = {};  // of columns
+  // The sums of one tile stay where they are from phase to phase.
+  const bool stay = !Z::kColumns && mine == 1;
   for (int phase = 0; phase < Z::kPhases; ++phase) {
-    if (phase) __syncthreads();
-    input.stage(staged, phase, rank);
-    __syncthreads();
-    float sums[Z::kTiles][Z::kTokens8][4] = {};
-    float rows[2] = {};  // of columns
+    const int buffer = phase % Z::kBuffers;
+    const char* const x = shared + Z::kRing + buffer * Z::kBatch * Z::kXPitch;
+    if constexpr (Z::kColumns) {
+      if (phase) __syncthreads();
+      input.stage(columns, phase, rank);
+      __syncthreads();
+    } else if (phase && phase + 1 < Z::kPhases) {
+      __syncthreads();  // the other buffer is read no more
+      input.template bring<Z>(shared, phase + 1, rank);
+    }
     int step = 0, take = team;
     for (int i = 0; i < of_phase; ++i) {
       wait_for_copies<Z::kDepth - 2>();
@@ -469,13 +568,17 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
       if (next + 1 == items) shardwright::launch_dependents();
       const char* source = ring + slot * Z::kSlot;
       if (++slot == Z::kDepth) slot = 0;
-      const int group = (step * Z::kSplit + split) * Z::kBlocks32;
-      if constexpr (Z::kColumns)
-        consume_columns<Z>(rows, address(source), source + Z::kRows * Z::kPitch, staged, group);
-      else
-        consume<Z>(sums, address(source), source + Z::kRows * Z::kPitch,
-                   staged.pieces + group * Z::kBatch * 64 + lane % 4 * 16);
+      const int at = (step * Z::kSplit + split) * Z::kElements;  // of the phase's columns
+      if constexpr (Z::kColumns) {
+        consume_columns<Z>(rows, address(source), source + Z::kRows * Z::kPitch, columns, at / 32);
+      } else {
+        if (!Z::kOrdered && take == team)
+          shardwright::phase_wait(barriers + buffer * Z::kSteps + step, phase / Z::kBuffers % 2);
+        consume<Z>(sums, address(source), source + Z::kRows * Z::kPitch, x + at * 2);
+      }
       if (++step < Z::kSteps) continue;
+      step = 0;
+      if (stay && phase + 1 < Z::kPhases) continue;
       if constexpr (Z::kColumns) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -494,38 +597,46 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
             const int local = take * Z::kRows + r * 16 + lane / 4 + 8 * (j / 2);
             const int token = n * 8 + lane % 4 * 2 + j % 2;
             if (token < Z::kBatch) {
-              float* p = partial + (split * height + local) * Z::kBatch + token;
-              *p = phase ? *p + sums[r][n][j] : sums[r][n][j];
+              float* p = partial + (split * Z::kBatch + token) * pitch + local;
+              *p = phase && !stay ? *p + sums[r][n][j] : sums[r][n][j];
             }
             sums[r][n][j] = 0.f;
           }
-      step = 0, take += Z::kTeams;
+      take += Z::kTeams;
     }
   }
   if (Z::kCluster > 1) shardwright::cluster_meet();
   else __syncthreads();
   // The warps' sums in a fixed order; the blocks of a cluster write a part of the outputs each.
-  const int total = count * Z::kBatch;
+  const int units = count / Z::kWide, total = units * Z::kBatch;
   for (int i = total * rank / Z::kCluster + tid; i < total * (rank + 1) / Z::kCluster;
        i += Z::kThreads) {
-    const int output = i / Z::kBatch, token = i % Z::kBatch;
+    const int output = i % units * Z::kWide, token = i / units;
     const int local = Z::kGated ? output / 8 * 16 + output % 8 : output;
-    float sum = 0.f, value = 0.f;
+    float sum[2][Z::kWide] = {};  // and of a gated product that of the value
 #pragma unroll
     for (int c = 0; c < Z::kCluster; ++c)
 #pragma unroll
-      for (int s = 0; s < Z::kSplit; ++s) {
-        const float* p = partial + (s * height + local) * Z::kBatch + token;
-        sum += Z::kCluster > 1 ? cluster_load(p, c) : *p;
-        if (Z::kGated)
-          value += Z::kCluster > 1 ? cluster_load(p + 8 * Z::kBatch, c) : p[8 * Z::kBatch];
-      }
-    if (Z::kGated) {
+      for (int s = 0; s < Z::kSplit; ++s)
+#pragma unroll
+        for (int half = 0; half < (Z::kGated ? 2 : 1); ++half) {
+          const float* p = partial + (s * Z::kBatch + token) * pitch + local + half * 8;
+          float v[Z::kWide];
+          if (Z::kCluster > 1) cluster_load(v, p, c);
+          else read(v, p);
+#pragma unroll
+          for (int j = 0; j < Z::kWide; ++j) sum[half][j] += v[j];
+        }
+    alignas(16) Out results[Z::kWide];
+#pragma unroll
+    for (int j = 0; j < Z::kWide; ++j) {
       // silu(gate) * value of the sums rounded as if written.
-      const float gate = (float)rounded<Out>(sum);
-      sum = gate / (1.f + expf(-gate)) * (float)rounded<Out>(value);
+      const float gate = (float)rounded<Out>(sum[0][j]);
+      const float value = (float)rounded<Out>(sum[1][j]);
+      results[j] = rounded<Out>(Z::kGated ? gate / (1.f + expf(-gate)) * value : sum[0][j]);
     }
-    output_to.template put<Z>(token, first + output, rounded<Out>(sum));
+    if constexpr (Z::kWide == 1) output_to.template put<Z>(token, first + output, results[0]);
+    else output_to.template put<Z>(token, first + output, results);
   }
   if (Z::kCluster > 1) shardwright::cluster_meet();  // its blocks still read this one's memory
 }

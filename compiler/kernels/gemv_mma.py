@@ -7,10 +7,11 @@ the multiprocessors. A warp takes tiles of 16 rows and, of these, every `split`-
 bytes a row. It copies them ahead of their use to a ring in shared memory that no other warp
 touches, the first of them before the kernel waits for its inputs. The weight is the first operand
 of `mma.m16n8k16`, 16 rows by 16 elements, the tokens are the second, so that 8 tokens cost hardly
-more than one. Elements are summed in whichever order suits the weight as it is stored; x lies in
-shared memory in the same order. The sums of the warps that share rows meet in shared memory and
-are added in a fixed order. In a cluster of blocks each takes a part of the inner dimension, and so
-of x.
+more than one. Elements are summed in whichever order suits the weight as it is stored. x comes to
+shared memory by asynchronous copies, with a barrier for the columns of each step, so that warps
+begin with what is there; what does not fit comes in phases, into two buffers in turn. The sums of
+the warps that share rows meet in shared memory and are added in a fixed order. In a cluster of
+blocks each takes a part of the inner dimension, and so of x.
 """
 
 from __future__ import annotations
@@ -99,14 +100,24 @@ class Product:
         steps = _ceil(chunks, p.split * p.phases * p.cluster)
         rows = p.tiles * TILE
         take = rows // 2 if self.gated else rows
-        height = _ceil(_ceil(self.outputs, self.parts(p)), take) * rows
-        # Of one token and four bits also what each group of x adds, and a piece of zeros.
-        columns = steps * p.split * elements // 32 * 4 + 16 if self.batch == 1 and self.group else 0
-        return ring + (steps * elements * 2 + height * 4) * p.split * self.batch + columns
+        wide = 1 if self.batch == 1 or self.outputs % 4 else 4
+        height = _ceil(_ceil(self.outputs // wide, self.parts(p)) * wide, take) * rows
+        partial = (height + 4) * 4 * p.split * self.batch
+        columns = steps * p.split * elements
+        if self.batch == 1 and self.group:
+            # Also what each group of x adds, and a piece of zeros.
+            return ring + columns * 2 + columns // 32 * 4 + 16 + partial
+        buffers = 2 if p.phases > 1 else 1
+        x = buffers * self.batch * (columns * 2 + (64 if self.group else 16))
+        return ring + x + _ceil(buffers * steps, 2) * 16 + partial
 
     def tiles(self, p: Plan) -> int:
         """Tiles of a block."""
         return _ceil(self.out_features, self.parts(p) * TILE)
+
+    def stay(self, p: Plan) -> bool:
+        """Whether each warp has one take of rows, whose sums stay in registers."""
+        return self.tiles(p) <= p.teams * p.tiles and (self.batch > 1 or not self.group)
 
     def idle_steps(self, p: Plan) -> bool:
         """Whether some of the warps that share rows would run out of chunks well before others."""
@@ -133,19 +144,34 @@ def plan(product: Product, *, clusters: bool) -> Plan | None:
         # the other way about: an early launch costs that kernel 10 us of 75 on 57344 x 8192.
         return None
     limit = SHARED_BYTES_CLUSTERS if clusters else SHARED_BYTES
-    first = _preferred(product, clusters)
-    if product.batch > MAX_BATCH or not product.fits(first.chunk):
+    if product.batch > MAX_BATCH:
         return None
-    p = first
-    # Warps that share rows run out of them together, unless then many would have no rows at all.
+    plans = [_evenly(product, p) for p in _preferred(product, clusters) if product.fits(p.chunk)]
+    for p in plans:
+        if product.shared(p) <= limit:
+            return p
+    for p in reversed(plans):
+        if (found := _in_few_phases(product, p, limit)) is not None:
+            return found
+    return None
+
+
+def _evenly(product: Product, p: Plan) -> Plan:
+    """`p`, whose warps that share rows run out of them together, unless many would have none."""
     while p.split > 1 and product.idle_steps(p) and p.teams < 2 * product.tiles(p):
         p = _wider(p)
+    return p
+
+
+def _in_few_phases(product: Product, p: Plan, limit: int) -> Plan | None:
+    """`p` in phases, with fewer warps that share rows where that saves phases."""
     found = None
     while True:
         q = product.in_phases(p, limit)
-        if q is not None and (found is None or q.phases < found.phases):
+        stay = q is not None and product.stay(q)
+        if q is not None and (found is None or stay or q.phases < found.phases):
             found = q
-        if p.split == 1 or (found is not None and found.phases <= FEW_PHASES):
+        if p.split == 1 or stay or (q is not None and q.phases <= FEW_PHASES):
             break
         p = _wider(p)
     return found if found is not None and found.phases <= MAX_PHASES else None
@@ -156,25 +182,45 @@ def _wider(p: Plan) -> Plan:
     return replace(p, split=p.split // 2, teams=p.teams * 2)
 
 
-def _preferred(product: Product, clusters: bool) -> Plan:
+def _preferred(product: Product, clusters: bool) -> list[Plan]:
+    """Plans: the first of which a block has all of x, else the last, in phases."""
     batch, q4 = product.batch, product.group > 0
     if not clusters:
-        return Plan(128, 1, 2, 4, 2)
+        return [Plan(128, 1, 2, 4, 2)]
     x_bytes = batch * product.in_features * 2
-    little = 64 if q4 and product.in_features < 8192 else 32
+    little = 64 if (product.in_features < 8192 if q4 else batch <= 4) else 32
     cluster = 2 if batch > 1 and x_bytes > little * 1024 else 1
     rows = _ceil(product.out_features, PROCESSORS // cluster)  # of a block
-    if not q4:
-        if batch == 2:
-            return Plan(128, 1, 3, 8, 2, cluster)
-        return Plan(128, 1, 3 if batch <= 8 else 2, 4, 4, cluster)
-    if batch == 1:
-        if product.row_bytes % 512:
-            return Plan(128, 1, 3, 4, 4)
-        return Plan(256, 1, 2, 2, 8) if rows > 128 and x_bytes <= 8192 else Plan(256, 1, 2, 4, 4)
     tiles = _ceil(rows, TILE)
-    few = tiles < 0.7 * _ceil(tiles, 8) * 8 if batch <= 8 else tiles < 4
-    return Plan(128, 1, 2, 4, 4, cluster) if few else Plan(128, 1, 2, 2, 8, cluster)
+    if not q4:
+        most = Plan(128, 1, 3, 2, 8)
+        if batch <= 4:
+            plans = [Plan(128, 1, 4, 8, 2), Plan(128, 1, 3, 4, 4), most]
+        elif tiles <= (8 if batch <= 8 else 4):
+            plans = [Plan(128, 1, 4, 4, 4)]
+        else:
+            plans = [
+                Plan(128, 1, 6, 4, 2) if batch <= 8 or tiles <= 6 else Plan(128, 1, 5, 2, 4),
+                most,
+            ]
+    elif batch == 1:
+        if product.row_bytes % 512:
+            plans = [Plan(128, 1, 3, 4, 4)]
+        else:
+            much = rows > 128 and x_bytes <= 8192
+            plans = [Plan(256, 1, 2, 2, 8) if much else Plan(256, 1, 2, 4, 4)]
+    elif batch <= 8:
+        if tiles < 0.7 * _ceil(tiles, 8) * 8:
+            plans = [Plan(128, 1, 2, 4, 4)]
+        else:
+            long = batch <= 4 and product.row_bytes % 512 == 0
+            plans = [Plan(256, 1, 2, 2, 8)] * long + [Plan(128, 1, 2, 2, 8)]
+    else:
+        split = 4 if tiles <= 3 else 2 if tiles <= 8 else 1
+        plans = [Plan(128, 1, 2, split, 16 // split)]
+        # Two tiles at once read x half as often, which they then also put in order.
+        plans += [Plan(128, 2, 2, 4, 2) if tiles <= 4 else Plan(128, 2, 2, 2, 4)]
+    return [replace(p, cluster=cluster) for p in plans]
 
 
 def sizes(product: Product, p: Plan) -> str:

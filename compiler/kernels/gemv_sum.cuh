@@ -132,7 +132,7 @@ struct SumInput {
           to[e] = __floats2half2_rn(f.x * scale * w.x, f.y * scale * w.y);
         }
       }
-      staged.put(0, piece(j), x);
+      staged.put(piece(j), x);
     }
   }
 

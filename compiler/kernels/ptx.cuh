@@ -120,6 +120,13 @@ __device__ __forceinline__ void phase_wait(uint64_t* barrier, int parity) {
   }
 }
 
+// What was written to shared memory comes before asynchronous copies to it.
+__device__ __forceinline__ void fence_copies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // Asynchronous copies to shared memory, by all lanes of a warp together: each with `mine` copies
 // `bytes`, a multiple of 16, and counts for one of two such of its `barrier`'s phase, which counts
 // kCopiers arrivals and the bytes. `copies_expect` comes before them, `copies_issued` behind.
