@@ -528,7 +528,7 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
     is_last = count_up(decode_finished + item, blocks - 1) == (unsigned)blocks - 1;
   meet(1, THREADS);
   if (!is_last) return;
-  if (blocks <= 8) {
+  if (PAIRS <= THREADS && blocks <= 8) {
     for (int i = tid; i < pairs; i += THREADS) {
       Piece piece;
       piece.add<8>(blocks, [&](int j, float2& value, float2& of) {
@@ -539,7 +539,7 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
     }
     return;
   }
-  // Join many blocks: shares of their sums from the tops and totals, while the first sums come.
+  // Join more than that: shares of their sums from the tops and totals, while the first sums come.
   constexpr int QUADS = Q * D / 4, AT_ONCE = 16, MINE = (Z::S + 31) / 32;
   const int quads = queries * (D / 4);
   float4 values[AT_ONCE];
