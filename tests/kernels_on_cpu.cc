@@ -114,6 +114,21 @@ void silu_mul_image(const half* y, half* image, int n, int inner) {
   });
 }
 
+// Of x [n, 256], as a warp holds 8 tokens of it behind mma.
+void pairs_image(const half* x, half* image, int n) {
+  host::launch((n + 7) / 8, 1, 32, [&](int block, int, int tid) {
+    const int token = block * 8 + tid / 4;
+    for (int piece = 0; piece < 2; ++piece) {
+      auto pair = [&](int i) {
+        unsigned both = 0;
+        if (token < n) memcpy(&both, x + token * 256 + piece * 128 + 8 * i + 2 * (tid % 4), 4);
+        return both;
+      };
+      shardwright_q4::put_pairs(image, pair, tid, token, piece, n, 256);
+    }
+  });
+}
+
 // From y [n, 2 * inner] by way of blocks of results, as q4_gemm.cuh makes them.
 void gated_image(const half* y, half* image, int n, int inner) {
   constexpr int kTokens = 64, kPitch = 272;

@@ -72,6 +72,10 @@ def test_images_hold_what_the_kernels_compute(library, n):
         gated = from_image(image, n)
         np.testing.assert_allclose(gated, gate / (1 + np.exp(-gate)) * up, 1e-3, 1e-7)
 
+    x, image = rng.standard_normal((n, 256)).astype("float16"), np.zeros((rows, 256), "float16")
+    library.pairs_image(*(ctypes.c_void_p(a.ctypes.data) for a in (x, image)), n)
+    np.testing.assert_array_equal(from_image(image, n), x)
+
     x, residual = rng.standard_normal((2, n, 2048)).astype("float16")
     weight, total = rng.standard_normal(2048).astype("float16"), np.zeros((n, 2048), "float16")
     image = np.zeros((rows, 2048), "float16")

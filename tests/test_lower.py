@@ -24,14 +24,18 @@ CONFIG = dict(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    _, family = family_of(CONFIG)
-    config = family.config.from_hf(CONFIG)
-    options = BuildOptions("", tmp_path_factory.getbasetemp(), target="cuda", max_batch_size=2)
+def partitioned(data, folder):
+    _, family = family_of(data)
+    config = family.config.from_hf(data)
+    options = BuildOptions("", folder, target="cuda", max_batch_size=2)
     scheme = quantization("q4f16_1")
     limits = limits_of(options, config)
     return partition_program(family.model(config, scheme.dtype), scheme, limits, ranks=2)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    return partitioned(CONFIG, tmp_path_factory.getbasetemp())
 
 
 EVERY = (*fuse.FUSIONS, FUSE_NORM_PASS, CUBLAS_PASS, Q4_GEMM_PASS)
@@ -56,3 +60,19 @@ def test_whatever_is_left_out_no_operation_stays_abstract(program, left_out, pee
     # Collectives without peer memory are calls of the runtime, under names of their own.
     assert "relax.call_tir" in calls
     assert not calls & LOWERINGS.keys()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_attention_writes_what_the_product_behind_it_reads(tmp_path, head_dim):
+    target = cuda.cuda_target(("sm_90a",))
+    # Two layers: of the last one few rows are read.
+    other = dict(head_dim=head_dim, num_attention_heads=8, num_hidden_layers=2)
+    program = partitioned(CONFIG | other, tmp_path)
+    with target, without_source_context():
+        mod = lower_abstract(program.mod, target)
+    calls = [b.value for b in bindings_of(mod["prefill"]) if isinstance(b.value, relax.Call)]
+    names = [str(c.args[0].name_hint) for c in calls if op_name(c) == "relax.call_tir"]
+    images = head_dim == 128
+    assert ("prefill_attention_image_kernel" in names) == images
+    # The others are of norms: one for each layer's attention, one for the first layer's MLP.
+    assert names.count("q4_gemm_image_kernel") == (3 if images else 4)

@@ -16,6 +16,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from .common import SCHEDULED, cuda_source, extent, kind_of, launch_dependents
+from .q4_gemm import image_rows, image_source
 
 MULTIPROCESSORS = 132
 """Of the GPU that the plans are made for; others are served as well."""
@@ -375,13 +376,15 @@ def prefill_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: bool = False,
+    image: bool = False,
 ) -> tirx.PrimFunc:
     """Attention of many tokens of any rows at once.
 
     `(q [n,H,D], k_pages, v_pages, page_table, rows, positions[, sinks], layer) -> out [n,H,D]`;
     zeros for tokens of position -1. It is fast where the tokens of a row stand together. `arch` is
     the oldest architecture that it is compiled for, such as 89; `window`, `softcap` and `sinks` are
-    as for `attention.attention_cpu`.
+    as for `attention.attention_cpu`. With `image`, for D a multiple of 128 and without sinks, the
+    result is `q4_gemm_image` of out [n,H*D].
     """
     n = extent(tokens)
     block, keys = prefill_tile(head_dim, arch)
@@ -390,10 +393,11 @@ def prefill_attention(
     # 1024 to align, the queries' tile, and two tiles of keys and values each.
     shared = 1024 + panels * 128 * (block + 4 * keys)
     sizes: list[Any] = [heads, kv_heads, head_dim, page_size, block // 64, keys, window]
-    sizes += ["true" if x else "false" for x in (softcap, sinks)]
+    sizes += ["true" if x else "false" for x in (softcap, image, sinks)]
     name = "shardwright::prefill::attention<shardwright::prefill::Sizes<"
     name += f"{', '.join(map(str, sizes))}>>"
-    source = cuda_source("prefill_attention.cuh")
+    source = image_source() + cuda_source("prefill_attention.cuh")
+    result = (image_rows(n), heads * head_dim) if image else (n, heads, head_dim)
     tiles = (n + block - 1) // block
 
     @T.inline
@@ -477,7 +481,7 @@ def prefill_attention(
         page_table = T.match_buffer(page_table_h, (extent(batch, "b"), max_pages), "int32")
         rows = T.match_buffer(rows_h, (n,), "int32")
         positions = T.match_buffer(positions_h, (n,), "int32")
-        out = T.match_buffer(out_h, (n, heads, head_dim), dtype)
+        out = T.match_buffer(out_h, result, dtype)
         with T.sblock("root"):
             T.reads()
             T.writes()
@@ -485,3 +489,8 @@ def prefill_attention(
             body(q, k_pages, v_pages, page_table, rows, positions, out, layer, out)
 
     return prefill_attention
+
+
+def prefill_attention_image(**sizes: Any) -> tirx.PrimFunc:
+    """`prefill_attention` whose result is an image."""
+    return prefill_attention(**sizes, image=True)

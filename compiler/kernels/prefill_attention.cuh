@@ -1,7 +1,7 @@
 #ifndef SHARDWRIGHT_PREFILL_ATTENTION
 #define SHARDWRIGHT_PREFILL_ATTENTION
 // Attention of many tokens over the paged cache on the tensor cores of CUDA GPUs. Included once in
-// a module, whatever it is instantiated for; after ptx.cuh.
+// a module, whatever it is instantiated for; after ptx.cuh and q4_image.cuh.
 //
 // A block takes 128 or 192 tokens and one query head, and walks over the keys in tiles, as in
 // FlashAttention (arXiv:2205.14135, arXiv:2307.08691): scores, an online softmax in float32, and
@@ -174,13 +174,13 @@ __device__ __forceinline__ void load_transposed(unsigned* r, unsigned address) {
 #endif
 
 // Sizes of an instance: `Groups` warpgroups with 64 tokens each, `Keys` positions in a tile, and a
-// window of positions, 0 for all.
+// window of positions, 0 for all. With `Image` the result is what q4_gemm.cuh multiplies.
 template <int Heads, int KvHeads, int HeadDim, int Page, int Groups, int Keys, int Window,
-          bool Capped, bool Sinks>
+          bool Capped, bool Image, bool Sinks>
 struct Sizes {
   static constexpr int H = Heads, K = KvHeads, D = HeadDim, PAGE = Page, B = Keys,
                        WINDOW = Window;
-  static constexpr bool CAPPED = Capped, SINKS = Sinks;
+  static constexpr bool CAPPED = Capped, SINKS = Sinks, IMAGE = Image;
   static constexpr int GROUPS = Groups, TOKENS = 64 * Groups;
   static constexpr int WORKERS = 128 * Groups, THREADS = WORKERS + 128;
   static constexpr int PANELS = (D + 63) / 64;
@@ -410,12 +410,22 @@ __device__ __forceinline__ void write(const Args& a, const float* sum, const flo
       inverse = share / (mass[r] * share + exp2_fast(sink - top));
     }
     const int t = tile * Z::TOKENS + line0 + 8 * r;
-    if (t >= a.tokens) continue;
-    half* const out = a.out + ((int64_t)t * Z::H + head) * Z::D + lane % 4 * 2;
+    if constexpr (Z::IMAGE) {
+      static_assert(Z::D % 128 == 0, "whole pieces of an image");
 #pragma unroll
-    for (int i = 0; i < Z::D / 8; ++i)
-      *reinterpret_cast<half2*>(out + i * 8) =
-          __floats2half2_rn(sum[i * 4 + 2 * r] * inverse, sum[i * 4 + 2 * r + 1] * inverse);
+      for (int k = 0; k < Z::D / 128; ++k) {
+        const float* const from = sum + k * 64 + 2 * r;
+        shardwright_q4::put_pairs(
+            a.out, [=](int i) { return pack(from[i * 4] * inverse, from[i * 4 + 1] * inverse); },
+            lane, t, head * (Z::D / 128) + k, a.tokens, Z::H * Z::D);
+      }
+    } else if (t < a.tokens) {
+      half* const out = a.out + ((int64_t)t * Z::H + head) * Z::D + lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < Z::D / 8; ++i)
+        *reinterpret_cast<half2*>(out + i * 8) =
+            __floats2half2_rn(sum[i * 4 + 2 * r] * inverse, sum[i * 4 + 2 * r + 1] * inverse);
+    }
   }
 }
 

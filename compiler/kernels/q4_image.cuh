@@ -71,6 +71,29 @@ __device__ __forceinline__ void put_image(half* image, const uint4 (&columns)[4]
             [=](int i) { return part - part % 4 + i; }, n, inner);
 }
 
+// The same of lanes that hold results as mma leaves them: of 128 columns of a token, number `piece`,
+// four lanes have two neighbours in each 8, and pair(i) are those from column 8 * i + 2 * (lane % 4).
+// Two lanes share two chunks, of which each makes one.
+template <class Pair>
+__device__ __forceinline__ void put_pairs(half* image, Pair pair, int lane, int token, int piece,
+                                          int n, int inner) {
+  const bool upper = lane & 2;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    unsigned words[4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const unsigned mine = pair(q * 4 + k);
+      const unsigned other = __shfl_xor_sync(~0u, upper ? mine & 0xffffu : mine >> 16, 2);
+      words[q] = upper ? other | (mine & 0xffff0000u) : (mine & 0xffffu) | other << 16;
+    }
+    const int chunk = piece * 16 + k * 4 + lane % 2 * 2 + lane / 2 % 2;
+    if (token < n)
+      *reinterpret_cast<uint4*>(image + image_at(token, chunk, n, inner)) =
+          make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
 // gate = silu(gate) * up
 __device__ __forceinline__ void silu_mul(uint4 (&gate)[4], const uint4 (&up)[4]) {
 #pragma unroll

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm import relax
 
-from shardwright.compiler.kernels import attention, attention_cuda, rotary
+from shardwright.compiler.kernels import attention, attention_cuda, q4_gemm, rotary
 from shardwright.compiler.lowering.common import Kernels, tokens_of, value_of
 from shardwright.compiler.rules import shape_of
 
@@ -82,7 +83,15 @@ def lower_attention(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> rel
         return relax.call_tir(kernel, [*tensors, layer], call.ty)
     sizes = {name: shapes[name] for name in ("head_dim", "page_size", "dtype")}
     if shapes["tokens"] is None:
-        if attention_cuda.prefill_supported(**sizes, target=k.target, arch=k.arch):
+        supported = attention_cuda.prefill_supported(**sizes, target=k.target, arch=k.arch)
+        if supported and k.image:
+            n, *features = shape_of(q)
+            image = relax.TensorType([q4_gemm.image_rows(n), math.prod(features)], "float16")
+            kernel = k.kernel(
+                attention_cuda.prefill_attention_image, **shapes, target=k.target, arch=k.arch
+            )
+            return relax.call_tir(kernel, [*tensors, layer], image)
+        if supported:
             kernel = k.kernel(
                 attention_cuda.prefill_attention,
                 **shapes,

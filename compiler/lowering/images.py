@@ -8,7 +8,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from shardwright.compiler.kernels import q4_gemm
+from shardwright.compiler.kernels import attention_cuda, q4_gemm
 from shardwright.compiler.linear import reads
 from shardwright.compiler.lowering.common import Kernels
 from shardwright.compiler.propagate import bindings_of
@@ -16,11 +16,15 @@ from shardwright.compiler.rules import op_name, operands_of, shape_of
 
 _GATED = ("shardwright.gated_linear", "shardwright.q4_gated_linear")
 _NORMS = ("shardwright.add_rms_norm", "shardwright.peer_all_reduce_many_add_rms_norm")
+_ATTENTION = ("shardwright.append_attention", "shardwright.append_attention_joined")
 _READERS = ("shardwright.q4_linear", "shardwright.q4_gated_linear")
 
 
 def calls_of_images(k: Kernels, func: relax.Function) -> set[relax.Var]:
-    """Variables of the calls of `func` whose result, or norm, is to be written as an image."""
+    """Variables of the calls of `func` whose result, or norm, is to be written as an image.
+
+    And of reshapes of such results of attention, which are images already.
+    """
     if not k.wgmma:
         return set()
     values = {b.var: b.value for b in bindings_of(func)}
@@ -31,6 +35,10 @@ def calls_of_images(k: Kernels, func: relax.Function) -> set[relax.Var]:
     found = set()
     for var, value in values.items():
         call, unit = value, q4_gemm.COLUMNS
+        if _is_call(value, "relax.reshape") and _is_heads(k, value, values, readers):
+            if readers[var] and all(_multiplies(k, var, reader) for reader in readers[var]):
+                found |= {var, values[value.args[0]].tuple_value}
+            continue
         if isinstance(value, relax.TupleGetItem) and value.index == 1:
             call, unit = values.get(value.tuple_value), q4_gemm.NORM_FEATURES
         if not isinstance(call, relax.Call) or op_name(call) not in (
@@ -44,6 +52,32 @@ def calls_of_images(k: Kernels, func: relax.Function) -> set[relax.Var]:
         if fits and readers[var] and all(_multiplies(k, var, reader) for reader in readers[var]):
             found.add(var if call is value else value.tuple_value)
     return found
+
+
+def _is_heads(
+    k: Kernels,
+    reshape: relax.Call,
+    values: dict[relax.Var, relax.Expr],
+    readers: dict[relax.Var, list[relax.Expr]],
+) -> bool:
+    """Whether a reshape joins the heads of attention of many tokens, and alone reads them."""
+    heads = reshape.args[0]
+    item = values.get(heads)
+    if not isinstance(item, relax.TupleGetItem) or item.index != 0:
+        return False
+    call = values.get(item.tuple_value)
+    if not any(_is_call(call, name) for name in _ATTENTION) or len(readers[heads]) != 1:
+        return False
+    n, _, dim = shape_of(heads)
+    page = next(shape_of(x)[3] for x in operands_of(call) if len(shape_of(x)) == 5)
+    sizes = {"head_dim": dim, "page_size": page, "dtype": str(heads.ty.dtype)}
+    supported = attention_cuda.prefill_supported(**sizes, target=k.target, arch=k.arch)
+    joined = not isinstance(n, int) and len(shape_of(reshape)) == 2
+    return supported and joined and dim % q4_gemm.COLUMNS == 0
+
+
+def _is_call(value: relax.Expr, name: str) -> bool:
+    return isinstance(value, relax.Call) and op_name(value) == name
 
 
 def fits_q4_gemm(k: Kernels, x: relax.Expr, packed: relax.Expr, scale: relax.Expr) -> bool:
