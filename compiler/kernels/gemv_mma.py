@@ -31,6 +31,7 @@ PROCESSORS = 132  # multiprocessors of an H100 or H200, among which the rows are
 TILE = 16  # rows
 SHARED_BYTES = 99 * 1024  # that a block may have on any GPU from sm_80 on
 SHARED_BYTES_CLUSTERS = 227 * 1024  # on those with clusters of blocks
+_CUDA_TYPE = {"float16": "half", "float32": "float"}
 FEW_PHASES, MAX_PHASES = 4, 16  # of x: what is sought, and what is still worth while
 
 
@@ -241,6 +242,54 @@ def normed_plan(product: Product) -> Plan | None:
     return p if p is not None and p.phases == 1 and p.cluster == 1 else None
 
 
+def _identifier(template: str) -> str:
+    return template.replace(", ", "_")
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A product and the device function that computes it, of `gemv_mma.cuh` or `gemv_sum.cuh`."""
+
+    product: Product
+    plan: Plan
+    name: str
+    source: str
+
+    @property
+    def blocks(self) -> int:
+        return self.product.parts(self.plan) * self.plan.cluster
+
+    @property
+    def threads(self) -> int:
+        return self.plan.split * self.plan.teams * 32
+
+    @property
+    def shared(self) -> int:
+        return self.product.shared(self.plan)
+
+    def call(self, args: list[Any], shared: Any) -> Any:
+        """Its call in a kernel."""
+        return T.cuda.func_call(self.name, *args, shared, source_code=self.source)
+
+
+@T.inline
+def _call(f, args):
+    """A thread calls the device function `f`, a `_Function`, with `args` and shared memory."""
+    launches_dependents()
+    gemv_shared = T.alloc_buffer((f.shared,), "uint8", scope="shared.dyn")
+    # Without this, nvcc keeps half of the registers free for a second block.
+    with T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 1):
+        T.evaluate(f.call(args, gemv_shared.data))
+
+
+@T.inline
+def _launch(f, args):
+    """Blocks of which each thread does so."""
+    for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
+        for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
+            _call(f, args)
+
+
 def gemv_mma(
     *,
     batch: int,
@@ -262,7 +311,7 @@ def gemv_mma(
     p, outputs = tuned, product.outputs
     template = sizes(product, tuned)
     name = f"shardwright_gemv_{_identifier(template)}_{out_dtype}"
-    out_type = {"float16": "half", "float32": "float"}[out_dtype]
+    out_type = _CUDA_TYPE[out_dtype]
     source = cuda_source("gemv_mma.cuh") + (
         f"__device__ __forceinline__ void {name}(const half* x, const void* weight, "
         f"const half* scale, {out_type}* out, void* shared) {{\n"
@@ -270,26 +319,7 @@ def gemv_mma(
         f"  product<Sizes<{template}>>(PlainInput{{x}}, weight, scale, "
         f"PlainOutput<{out_type}>{{out}}, static_cast<char*>(shared));\n}}\n"
     )
-    blocks, threads = product.parts(p) * p.cluster, p.split * p.teams * 32
-    shared_bytes = product.shared(p)
-
-    @T.inline
-    def multiply(x, weight, scale, out):
-        launches_dependents()
-        gemv_shared = T.alloc_buffer((shared_bytes,), "uint8", scope="shared.dyn")
-        # Without this, nvcc keeps half of the registers free for a second block.
-        with T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 1):
-            T.evaluate(
-                T.cuda.func_call(
-                    name,
-                    x.data,
-                    weight.data,
-                    scale.data,
-                    out.data,
-                    gemv_shared.data,
-                    source_code=source,
-                )
-            )
+    f = _Function(product, tuned, name, source)
 
     if not group:
 
@@ -302,10 +332,10 @@ def gemv_mma(
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                for _block in T.thread_binding(blocks, thread="blockIdx.x"):
+                for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
                     for _cluster in T.thread_binding(p.cluster, thread="clusterCtaIdx.x"):
-                        for _tid in T.thread_binding(threads, thread="threadIdx.x"):
-                            multiply(x, w, w, out)
+                        for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
+                            _call(f, [x.data, w.data, w.data, out.data])
 
         return gemv_mma
 
@@ -319,48 +349,15 @@ def gemv_mma(
         with T.sblock("root"):
             T.reads()
             T.writes()
-            for _block in T.thread_binding(blocks, thread="blockIdx.x"):
+            for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
                 for _cluster in T.thread_binding(p.cluster, thread="clusterCtaIdx.x"):
-                    for _tid in T.thread_binding(threads, thread="threadIdx.x"):
-                        multiply(x, packed, scale, out)
+                    for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
+                        _call(f, [x.data, packed.data, scale.data, out.data])
 
     return q4_gemv_mma
 
 
-def _identifier(template: str) -> str:
-    return template.replace(", ", "_")
-
-
-@dataclass(frozen=True)
-class _OneToken:
-    """A product of one token with a four-bit weight and its device function, of `gemv_sum.cuh`."""
-
-    product: Product
-    plan: Plan
-    name: str
-    source: str
-
-    @property
-    def blocks(self) -> int:
-        return self.product.parts(self.plan)
-
-    @property
-    def threads(self) -> int:
-        return self.plan.split * self.plan.teams * 32
-
-    @property
-    def shared(self) -> int:
-        return self.product.shared(self.plan)
-
-    def call(self, *args: Any) -> Any:
-        """Its call in a kernel."""
-        return T.cuda.func_call(self.name, *args, source_code=self.source)
-
-
-_CUDA_TYPE = {"float16": "half", "float32": "float"}
-
-
-def _one_token(kind: str, product: Product, tuned: Plan, ranks: int, out_dtype: str) -> _OneToken:
+def _one_token(kind: str, product: Product, tuned: Plan, ranks: int, out_dtype: str) -> _Function:
     """The device function for a product whose x is a sum's norm, or whose result is sent."""
     out, template = _CUDA_TYPE[out_dtype], sizes(product, tuned)
     name = f"shardwright_gemv_{kind}_{_identifier(template)}_{ranks}_{out_dtype}"
@@ -390,7 +387,7 @@ __device__ __forceinline__ void {name}({given}) {{
   product<Z>({input_}, weight, scale, {output}, static_cast<char*>(shared));
 }}
 """
-    return _OneToken(product, tuned, name, source)
+    return _Function(product, tuned, name, source)
 
 
 def add_norm_gemv_mma(
@@ -433,24 +430,19 @@ def add_norm_gemv_mma(
         with T.sblock("root"):
             T.reads()
             T.writes()
-            for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
-                for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
-                    launches_dependents()
-                    gemv_shared = T.alloc_buffer((f.shared,), "uint8", scope="shared.dyn")
-                    with T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 1):
-                        T.evaluate(
-                            f.call(
-                                residual.data,
-                                y.data,
-                                norm.data,
-                                total.data,
-                                T.float32(eps),
-                                out.data,
-                                packed.data,
-                                scale.data,
-                                gemv_shared.data,
-                            )
-                        )
+            _launch(
+                f,
+                [
+                    residual.data,
+                    y.data,
+                    norm.data,
+                    total.data,
+                    T.float32(eps),
+                    out.data,
+                    packed.data,
+                    scale.data,
+                ],
+            )
 
     return add_norm_gemv_mma
 
@@ -499,25 +491,20 @@ def send_gemv_mma(
         with T.sblock("root"):
             T.reads()
             T.writes()
-            for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
-                for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
-                    launches_dependents()
-                    gemv_shared = T.alloc_buffer((f.shared,), "uint8", scope="shared.dyn")
-                    with T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 1):
-                        T.evaluate(
-                            f.call(
-                                x.data,
-                                peers.data,
-                                calls.data,
-                                rank.data,
-                                index,
-                                count,
-                                first_word,
-                                packed.data,
-                                scale.data,
-                                gemv_shared.data,
-                            )
-                        )
+            _launch(
+                f,
+                [
+                    x.data,
+                    peers.data,
+                    calls.data,
+                    rank.data,
+                    index,
+                    count,
+                    first_word,
+                    packed.data,
+                    scale.data,
+                ],
+            )
 
     return send_gemv_mma
 
@@ -576,29 +563,24 @@ def sum_norm_gemv_mma(
         with T.sblock("root"):
             T.reads()
             T.writes()
-            for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
-                for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
-                    launches_dependents()
-                    gemv_shared = T.alloc_buffer((f.shared,), "uint8", scope="shared.dyn")
-                    with T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 1):
-                        T.evaluate(
-                            f.call(
-                                residual.data,
-                                residual.data,
-                                norm.data,
-                                total.data,
-                                T.float32(eps),
-                                peers.data,
-                                calls.data,
-                                rank.data,
-                                index,
-                                count,
-                                first_word,
-                                out.data,
-                                packed.data,
-                                scale.data,
-                                gemv_shared.data,
-                            )
-                        )
+            _launch(
+                f,
+                [
+                    residual.data,
+                    residual.data,
+                    norm.data,
+                    total.data,
+                    T.float32(eps),
+                    peers.data,
+                    calls.data,
+                    rank.data,
+                    index,
+                    count,
+                    first_word,
+                    out.data,
+                    packed.data,
+                    scale.data,
+                ],
+            )
 
     return sum_norm_gemv_mma

@@ -26,10 +26,10 @@ TILE = 256
 """Tokens of an image's tile, and of the largest product at once."""
 COLUMNS = 128
 """K must be a multiple."""
-ROWS = 128  # of the weight, in a block
-THREADS = 384  # two warpgroups that multiply, one that loads
+_ROWS = 128  # of the weight, in a block
+_THREADS = 384  # two warpgroups that multiply, one that loads
 _STAGES_BYTES = 192 * 1024
-SHARED_BYTES = _STAGES_BYTES + 1024 + 512  # alignment, barriers
+_SHARED_BYTES = _STAGES_BYTES + 1024 + 512  # alignment, barriers
 
 
 def _wgmma(tokens: int) -> str:
@@ -54,8 +54,7 @@ def image_source() -> str:
     return Path(__file__).with_name("q4_image.cuh").read_text()
 
 
-def gemm_source() -> str:
-    """The CUDA text of the product, and of what writes images."""
+def _source() -> str:
     text = image_source() + unpack_source() + Path(__file__).with_suffix(".cuh").read_text()
     return text.replace("\nWGMMA\n", "\n" + "".join(map(_wgmma, (64, 128, 256))))
 
@@ -67,7 +66,7 @@ def image_rows(tokens: Any) -> Any:
 
 def q4_gemm_image() -> tirx.PrimFunc:
     """`x [n,K] f16 -> image [image_rows(n),K] f16`, x as `q4_gemm` reads it; K of any size."""
-    threads, source = 256, gemm_source()
+    threads, source = 256, _source()
     n = tirx.Var("n", "int64")
     inner = tirx.Var("k", "int64")
     rows = image_rows(n)
@@ -179,6 +178,31 @@ def add_rms_norm_image(*, features: int, eps: float) -> tirx.PrimFunc:
     return add_rms_norm_image
 
 
+@T.inline
+def _multiply(name, image, packed, scale, out, n, rows, inner, group):
+    """Blocks that call the device function `name` of `q4_gemm.cuh` for a weight of `rows` rows."""
+    for block in T.thread_binding(T.ceildiv(n, TILE) * T.ceildiv(rows, _ROWS), thread="blockIdx.x"):
+        for _tid in T.thread_binding(_THREADS, thread="threadIdx.x"):
+            # CUDA code knows it by this name and one type in all kernels of a library.
+            q4_gemm_shared = T.alloc_buffer((_SHARED_BYTES,), "uint8", scope="shared.dyn")
+            T.evaluate(
+                T.cuda.func_call(
+                    name,
+                    image.data,
+                    packed.data,
+                    scale.data,
+                    out.data,
+                    q4_gemm_shared.data,
+                    T.cast(n, "int32"),
+                    T.cast(rows, "int32"),
+                    T.cast(inner, "int32"),
+                    group,
+                    T.cast(block, "int32"),
+                    source_code=_source(),
+                )
+            )
+
+
 def q4_gemm(*, group: int) -> tirx.PrimFunc:
     """`(image, packed [N,K/8] u32, scale [N,K/group] f16) -> x @ w.T [n,N] f16` for any n.
 
@@ -187,7 +211,6 @@ def q4_gemm(*, group: int) -> tirx.PrimFunc:
     """
     n = tirx.Var("n", "int64")
     rows, inner = tirx.Var("rows", "int64"), tirx.Var("k", "int64")
-    source = gemm_source()
 
     @T.prim_func(s_tir=True)
     def q4_gemm(image_h: T.handle, packed_h: T.handle, scale_h: T.handle, out_h: T.handle):
@@ -199,28 +222,7 @@ def q4_gemm(*, group: int) -> tirx.PrimFunc:
         with T.sblock("root"):
             T.reads()
             T.writes()
-            for block in T.thread_binding(
-                T.ceildiv(n, TILE) * T.ceildiv(rows, ROWS), thread="blockIdx.x"
-            ):
-                for _tid in T.thread_binding(THREADS, thread="threadIdx.x"):
-                    # CUDA code knows it by this name and one type in all kernels of a library.
-                    q4_gemm_shared = T.alloc_buffer((SHARED_BYTES,), "uint8", scope="shared.dyn")
-                    T.evaluate(
-                        T.cuda.func_call(
-                            "shardwright_q4_gemm",
-                            image.data,
-                            packed.data,
-                            scale.data,
-                            out.data,
-                            q4_gemm_shared.data,
-                            T.cast(n, "int32"),
-                            T.cast(rows, "int32"),
-                            T.cast(inner, "int32"),
-                            group,
-                            T.cast(block, "int32"),
-                            source_code=source,
-                        )
-                    )
+            _multiply("shardwright_q4_gemm", image, packed, scale, out, n, rows, inner, group)
 
     return q4_gemm
 
@@ -232,7 +234,6 @@ def q4_gemm_gated(*, group: int, features: int) -> tirx.PrimFunc:
     multiple of `COLUMNS`, n a number: no operand has n rows.
     """
     inner = tirx.Var("k", "int64")
-    source = gemm_source()
 
     @T.prim_func(s_tir=True)
     def q4_gemm_gated(
@@ -246,27 +247,16 @@ def q4_gemm_gated(*, group: int, features: int) -> tirx.PrimFunc:
         with T.sblock("root"):
             T.reads()
             T.writes()
-            for block in T.thread_binding(
-                T.ceildiv(n, TILE) * (2 * features // ROWS), thread="blockIdx.x"
-            ):
-                for _tid in T.thread_binding(THREADS, thread="threadIdx.x"):
-                    # As in `q4_gemm`.
-                    q4_gemm_shared = T.alloc_buffer((SHARED_BYTES,), "uint8", scope="shared.dyn")
-                    T.evaluate(
-                        T.cuda.func_call(
-                            "shardwright_q4_gemm_gated",
-                            image.data,
-                            packed.data,
-                            scale.data,
-                            out.data,
-                            q4_gemm_shared.data,
-                            T.cast(n, "int32"),
-                            2 * features,
-                            T.cast(inner, "int32"),
-                            group,
-                            T.cast(block, "int32"),
-                            source_code=source,
-                        )
-                    )
+            _multiply(
+                "shardwright_q4_gemm_gated",
+                image,
+                packed,
+                scale,
+                out,
+                n,
+                2 * features,
+                inner,
+                group,
+            )
 
     return q4_gemm_gated
