@@ -20,7 +20,7 @@ from pathlib import Path
 import tvm
 import tvm_ffi
 
-from shardwright.compiler.kernels.common import LAUNCH_DEPENDENTS, LAUNCHES_DEPENDENTS
+from shardwright.compiler.kernels.common import EARLY_LAUNCHES
 from shardwright.errors import BuildError, UsageError
 from shardwright.runtime.native import load_native
 from shardwright.runtime.tvm_runtime import load_cuda_library
@@ -94,7 +94,7 @@ def in_order(source: str) -> str:
     waiting = {
         match[1]
         for kernel in kernels
-        if any(f"{name}()" in kernel for name in (LAUNCH_DEPENDENTS, LAUNCHES_DEPENDENTS))
+        if any(f"{name}()" in kernel for name in EARLY_LAUNCHES)
         and (match := _KERNEL.search(kernel))
     }
     for i, kernel in enumerate(kernels):

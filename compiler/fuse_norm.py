@@ -16,6 +16,7 @@ from tvm import relax
 from shardwright.compiler.fuse import Rewrite
 from shardwright.compiler.kernels import gemv_mma
 from shardwright.compiler.linear import Rewriter, is_call, reads
+from shardwright.compiler.lowering.common import one_token_product
 from shardwright.compiler.peer import SUFFIX, PeerState
 from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.rules import op_name, operands_of, shape_of
@@ -184,17 +185,15 @@ def _product_of(value: relax.Expr, params: set[relax.Var]) -> gemv_mma.Product |
     if not any(is_call(value, name) for name in _PRODUCTS):
         return None
     x, packed, scale = operands_of(value)
-    features = shape_of(packed)[1] * 8
+    product = one_token_product(packed, scale, gated=is_call(value, _PRODUCTS[1]))
     # x may be narrower than the weight, which has whole groups.
     if (
-        shape_of(x) != (1, features)
+        shape_of(x) != (1, product.in_features)
         or str(x.ty.dtype) != "float16"
         or not {packed, scale} <= params
     ):
         return None
-    gated = is_call(value, _PRODUCTS[1])
-    group = features // shape_of(scale)[1]
-    return gemv_mma.Product(1, shape_of(packed)[0], features, group, gated)
+    return product
 
 
 def _fits(value: relax.Expr, normed: relax.Var, params: set[relax.Var]) -> bool:

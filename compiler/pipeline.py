@@ -10,7 +10,7 @@ from tvm import relax, tirx
 from tvm.s_tir import dlight
 
 from shardwright.compiler.cuda import from_sm_90
-from shardwright.compiler.kernels.common import LAUNCH_DEPENDENTS, LAUNCHES_DEPENDENTS
+from shardwright.compiler.kernels.common import EARLY_LAUNCHES
 from shardwright.compiler.workspace import PlanWorkspace
 
 DEPENDENT_LAUNCH = "dependent_launch"
@@ -72,7 +72,7 @@ def _launches_dependents(func: tirx.PrimFunc) -> bool:
     names: set[str] = set()
     visit = [(tvm.ir.StringImm, lambda node: names.add(str(node.value)))]
     tvm_ffi.structural_walk(func.body, visit, order="pre")
-    return LAUNCH_DEPENDENTS in names or LAUNCHES_DEPENDENTS in names
+    return not names.isdisjoint(EARLY_LAUNCHES)
 
 
 def plan_memory(workspace: PlanWorkspace) -> list[tvm.transform.Pass]:

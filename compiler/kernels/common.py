@@ -50,6 +50,8 @@ _WAIT = _SM90.format(
 
 LAUNCHES_DEPENDENTS = "shardwright_launches_dependents"
 """What a kernel calls whose device function does so at a time of its own; it does nothing."""
+EARLY_LAUNCHES = (LAUNCH_DEPENDENTS, LAUNCHES_DEPENDENTS)
+"""By which a kernel is known to let the next one start, and to wait itself."""
 
 
 def cuda_source(name: str) -> str:

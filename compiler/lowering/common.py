@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import tvm
 from tvm import relax
 
+from shardwright.compiler.kernels import gemv_mma
 from shardwright.compiler.packing import CODES, Packing
 from shardwright.compiler.rules import shape_of
 
@@ -107,3 +108,9 @@ def packing_of(
         zeros=len(sides) == 2,
         scale_dtype=str(sides[0].ty.dtype),
     ), columns
+
+
+def one_token_product(packed: relax.Expr, scale: relax.Expr, gated: bool) -> gemv_mma.Product:
+    """The product of one token with a four-bit weight uint32 [N, K/8], scale [N, K/group]."""
+    rows, words = shape_of(packed)
+    return gemv_mma.Product(1, rows, words * 8, words * 8 // shape_of(scale)[1], gated)

@@ -21,6 +21,7 @@ from shardwright.compiler.kernels import (
 from shardwright.compiler.lowering.common import (
     GEMV_MAX_BATCH,
     Kernels,
+    one_token_product,
     packing_of,
     tokens_of,
     value_of,
@@ -140,7 +141,7 @@ def lower_add_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) 
 def lower_send_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     """A four-bit product of one token whose result goes to all ranks, as a summand."""
     *operands, count, first = args
-    product = _product(operands[1], operands[2], gated=False)
+    product = one_token_product(operands[1], operands[2], gated=False)
     kernel = k.kernel(
         gemv_mma.send_gemv_mma,
         out_features=product.out_features,
@@ -170,13 +171,8 @@ def lower_sum_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) 
     return relax.call_tir(kernel, operands, list(call.ty.fields))
 
 
-def _product(packed: relax.Expr, scale: relax.Expr, gated: bool) -> gemv_mma.Product:
-    rows, words = shape_of(packed)
-    return gemv_mma.Product(1, rows, words * 8, words * 8 // shape_of(scale)[1], gated)
-
-
 def _normed_shapes(call: relax.Call, packed: relax.Expr, scale: relax.Expr) -> dict[str, Any]:
-    product = _product(packed, scale, gated=op_name(call).endswith("gated_linear"))
+    product = one_token_product(packed, scale, gated=op_name(call).endswith("gated_linear"))
     return {
         "out_features": product.out_features,
         "in_features": product.in_features,
