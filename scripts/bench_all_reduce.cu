@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "../compiler/kernels/ptx.cuh"
+#include "../compiler/kernels/patience.cuh"
 #include "../compiler/kernels/peer.cuh"
 
 #define CHECK(call)                                                                 \

@@ -155,7 +155,6 @@ unsigned masked(unsigned word) { return (word & kMask) | 0x64006400; }
 // Of ranks that run one after another: all has been sent before any looks.
 inline void send_word(unsigned* to, unsigned word) { *to = word; }
 inline uint4 look_at_words(const unsigned* from) { return {from[0], from[1], from[2], from[3]}; }
-inline bool given_up(const volatile int* word) { return *word; }
 template <int kCount>
 void cluster_load(float (&v)[kCount], const float* p, int rank) {
   memcpy(v, reinterpret_cast<char*>(cluster->blocks[rank]->shared.data()) + address(p), sizeof(v));

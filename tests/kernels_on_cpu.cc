@@ -2,6 +2,7 @@
 #include "cuda_on_cpu.h"
 #define __CUDA_FP16_H__
 #include "../compiler/kernels/decode_attention.cuh"
+#include "../compiler/kernels/patience.cuh"
 #include "../compiler/kernels/peer.cuh"
 #include "../compiler/kernels/q4_image.cuh"
 #include "../compiler/kernels/peer_many.cuh"

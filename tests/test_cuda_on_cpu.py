@@ -153,6 +153,11 @@ def test_a_rank_that_waits_gives_up_when_told(library):
     state = (ctypes.c_void_p * len(arguments))(*arguments)
     assert library.all_reduce(2, 264, 1, False, False, state, 1) == 0
     assert all(c[0] == 1 for c in calls)
+    # From then on none waits, or so much as looks at the word.
+    assert all(pair[2] == 0 for pair in peers)
+    give_up[0] = 0
+    assert library.all_reduce(2, 264, 1, False, False, state, 1) == 0
+    assert all(c[0] == 2 for c in calls)
 
 
 def test_logits_are_gathered(library):

@@ -55,9 +55,9 @@ EARLY_LAUNCHES = (LAUNCH_DEPENDENTS, LAUNCHES_DEPENDENTS)
 
 
 def cuda_source(name: str) -> str:
-    """The text of a `.cuh` file of this folder, with `ptx.cuh` before it."""
+    """The text of a `.cuh` file of this folder, with those that several use before it."""
     folder = Path(__file__).parent
-    return (folder / "ptx.cuh").read_text() + (folder / name).read_text()
+    return "".join((folder / file).read_text() for file in ("ptx.cuh", "patience.cuh", name))
 
 
 def unpack_source() -> str:

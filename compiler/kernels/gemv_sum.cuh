@@ -20,7 +20,6 @@ __device__ __forceinline__ uint4 look_at_words(const unsigned* from) {
                : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(from) : "memory");
   return w;
 }
-__device__ __forceinline__ bool given_up(const volatile int* word) { return *word; }
 #endif  // SHARDWRIGHT_EMULATED
 
 // Where the summands of all-reduce `index` of a step's `count` go. All-reduces are numbered through
@@ -156,8 +155,7 @@ struct SumInput {
         }
     } else {
       const unsigned number = exchange.number(), flag = (number & 0xFFFFu) * 0x10001u;
-      const volatile int* const give_up =
-          reinterpret_cast<const volatile int*>(exchange.peers[kRanks]);
+      shardwright::Patience patience(exchange.peers + kRanks);
       const unsigned* const words = exchange.words<Z::kInner>(*exchange.rank, 0) +
                                     number % 2 * kRanks * Z::kInner;
 #pragma unroll
@@ -167,7 +165,6 @@ struct SumInput {
       for (int j = 0; j < kPer; ++j) {
         if (piece(j) >= Z::kInner / 8) break;
         uint2 got[kRanks][2];
-        unsigned tries = 0;
         bool all;
         do {
           all = true;
@@ -181,7 +178,7 @@ struct SumInput {
               all = all && __byte_perm(w.x, w.y, 0x7632) == flag &&
                     __byte_perm(w.z, w.w, 0x7632) == flag;
             }
-        } while (!all && !(++tries % 4096 == 0 && given_up(give_up)));
+        } while (!all && !patience.ends());
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           float2 total = {0.f, 0.f};

@@ -9,13 +9,6 @@
 
 namespace shardwright::peer {
 
-// How long to look: until the host has set the word, whose address follows those of the buffers.
-struct Patience {
-  const volatile int* give_up;
-  unsigned tries = 0;
-  __device__ bool ends() { return ++tries % 4096 == 0 && *give_up; }
-};
-
 // The sum over ranks of a part of a row, with `kFused` added to `residual` and normed.
 //
 // `peers` has the address of each rank's buffer, and of the word that says "give up". A buffer has
@@ -47,7 +40,7 @@ __device__ __forceinline__ void all_reduce(const half* x, const half* residual, 
   for (int d = 0; d < kRanks; ++d)
     buffer[d] = reinterpret_cast<unsigned*>(peers[(rank + d) % kRanks]);
   unsigned* const owned = reinterpret_cast<unsigned*>(peers[owner]);
-  Patience patience{reinterpret_cast<const volatile int*>(peers[kRanks])};
+  Patience patience(peers + kRanks);
   wait_for_inputs();
   const unsigned flag = (unsigned)calls[row] + 1u;
   auto slot = [&](int source, int j) {
@@ -170,7 +163,7 @@ __device__ __forceinline__ void gather_logits(const float* local, const int* las
 #pragma unroll
   for (int d = 0; d < kRanks; ++d)
     buffer[d] = reinterpret_cast<unsigned*>(peers[(rank + d) % kRanks]) + kFirst;
-  Patience patience{reinterpret_cast<const volatile int*>(peers[kRanks])};
+  Patience patience(peers + kRanks);
   wait_for_inputs();
   if (at >= kLocal || last[row] < 0) return;
   const unsigned flag = (unsigned)calls[row];

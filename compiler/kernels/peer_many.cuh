@@ -67,7 +67,7 @@ __device__ __forceinline__ void all_reduce_many(const half* x, const half* resid
   auto buffer = [&](int r) {
     return Buffer{reinterpret_cast<char*>(peers[r]) + kFirst, (int)(number & 1u)};
   };
-  Patience patience{reinterpret_cast<const volatile int*>(peers[kRanks])};
+  Patience patience(peers + kRanks);
   // The unit of 8 elements that is this thread's number j.
   auto unit = [&](int j) {
     return kNorm == kImage ? tid / 4 * 16 + tid % 4 + 4 * j : tid + j * kThreads;
