@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from shardwright import __version__
 from shardwright.compiler import kept
 from shardwright.compiler.checkpoint import Checkpoint
+from shardwright.compiler.cuda import from_sm_90
 from shardwright.compiler.formats import Format
 from shardwright.compiler.library import compile_program
 from shardwright.compiler.options import BuildOptions, limits_of, targets_of
@@ -162,6 +163,7 @@ def build_from(
         libraries=compiled.libraries,
         disable_pass=options.disable_pass,
         expert_parallel=options.expert_parallel,
+        tokens_to_host=from_sm_90(targets[0]),
         decode_buckets=tuple(limits.buckets),
         workspace_bytes=compiled.workspace_bytes,
         state=tuple(state.values()),

@@ -172,6 +172,8 @@ class Manifest:
     """Fusions that the build left out."""
     expert_parallel: bool = False
     """Whether a rank has whole experts and not parts of each."""
+    tokens_to_host: bool = False
+    """Whether the sampler writes tokens to the host's memory, see `outbox`."""
     schema: int = SCHEMA
 
 

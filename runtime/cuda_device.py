@@ -12,6 +12,7 @@ import numpy.typing as npt
 from shardwright.runtime.collectives import AbortedError
 from shardwright.runtime.cudart import call, check, cudart, done
 from shardwright.runtime.device import POLL_SECONDS, Pending, Uploader
+from shardwright.runtime.outbox import SLOTS, Outbox
 
 
 class CudaDevice:
@@ -37,9 +38,8 @@ class CudaDevice:
         # stream that is not ordered with it would need a synchronisation around every copy.
         call(self._cuda, "cudaStreamCreateWithFlags", ctypes.byref(self._stream), 0)
         self._events = [self._new_event() for _ in range(self._SLOTS + 1)]
-        self._pinned = ctypes.c_void_p()
-        size = self._SLOTS * self._SLOT_BYTES
-        call(self._cuda, "cudaHostAlloc", ctypes.byref(self._pinned), ctypes.c_size_t(size), 0)
+        self._pinned: list[ctypes.c_void_p] = []
+        self._slots = self._pin(self._SLOTS * self._SLOT_BYTES)
         self._next = 0
 
     def _open(self, index: int) -> tuple[Any, Any]:
@@ -53,6 +53,13 @@ class CudaDevice:
         disable_timing = 2
         call(self._cuda, "cudaEventCreateWithFlags", ctypes.byref(event), disable_timing)
         return event
+
+    def _pin(self, nbytes: int) -> int:
+        """Address of new memory on the host that the device can reach."""
+        memory = ctypes.c_void_p()
+        call(self._cuda, "cudaHostAlloc", ctypes.byref(memory), ctypes.c_size_t(nbytes), 0)
+        self._pinned.append(memory)
+        return memory.value or 0
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """See `Device`."""
@@ -77,7 +84,7 @@ class CudaDevice:
     def fetch(self, tensor: Any) -> Pending:
         """See `Device`."""
         slot, self._next = self._next, (self._next + 1) % self._SLOTS
-        address = (self._pinned.value or 0) + slot * self._SLOT_BYTES
+        address = self._slots + slot * self._SLOT_BYTES
         count = tensor.numel()
         to_host = 2
         call(
@@ -91,6 +98,14 @@ class CudaDevice:
         )
         call(self._cuda, "cudaEventRecord", self._events[slot], self._stream)
         return _CudaRead(self._cuda, self._events[slot], address, count)
+
+    def outbox(self, rows: int, length: int) -> Outbox:
+        """See `Device`."""
+        size = 8 * rows * SLOTS
+        memory = (ctypes.c_char * size).from_address(self._pin(size))
+        words = np.frombuffer(memoryview(memory).cast("B"), np.uint64).reshape(rows, SLOTS)
+        # Any event tells of a failure of the GPU.
+        return Outbox(words, length, lambda: done(self._cuda, self._events[self._SLOTS]))
 
     def free_memory(self) -> int | None:
         """See `Device`."""
@@ -148,7 +163,8 @@ class CudaDevice:
             self._cuda.cudaGraphExecDestroy(executable)
         for event in self._events:
             self._cuda.cudaEventDestroy(event)
-        self._cuda.cudaFreeHost(self._pinned)
+        for memory in self._pinned:
+            self._cuda.cudaFreeHost(memory)
         self._cuda.cudaStreamDestroy(self._stream)
 
 

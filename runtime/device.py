@@ -16,6 +16,7 @@ from shardwright.errors import DeviceError
 from shardwright.runtime import machine
 from shardwright.runtime.artifact import Manifest
 from shardwright.runtime.cudart import call, check, cudart
+from shardwright.runtime.outbox import SLOTS, Outbox
 
 POLL_SECONDS = 50e-6
 
@@ -61,6 +62,9 @@ class Device(Protocol):
 
     def fetch(self, tensor: Any) -> Pending:
         """Start to copy an int32 tensor to the host, after the work enqueued so far."""
+
+    def outbox(self, rows: int, length: int) -> Outbox:
+        """For rows of at most `length` tokens, in host memory that the device can write."""
 
     def free_memory(self) -> int | None:
         """Bytes that are free on the device, None if it has no memory of its own."""
@@ -120,6 +124,10 @@ class CpuDevice:
     def fetch(self, tensor: Any) -> Pending:
         """See `Device`."""
         return _Arrived(tensor.numpy())
+
+    def outbox(self, rows: int, length: int) -> Outbox:
+        """See `Device`."""
+        return Outbox(np.zeros((rows, SLOTS), np.uint64), length, lambda: None)
 
     def free_memory(self) -> int | None:
         """See `Device`."""

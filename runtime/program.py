@@ -17,7 +17,8 @@ from shardwright.runtime.artifact import (
     shard_name,
     verify_file,
 )
-from shardwright.runtime.device import Device
+from shardwright.runtime.device import Device, Pending
+from shardwright.runtime.outbox import Outbox
 from shardwright.runtime.shard_reader import Progress, locate, read_shard
 
 LIBRARY = "model.so"
@@ -77,6 +78,9 @@ class Program:
         self._decode: dict[int, Callable[[], None]] = {}
         self._bind_decode("")
         self._sample_arguments = self._arguments("sample", {})
+        self._outbox: Outbox | None = None
+        if manifest.tokens_to_host and rank == 0:
+            self._outbox = device.outbox(rows, manifest.limits.max_seq_len)
         del self._fill  # and its templates
         clock.lap("state")
 
@@ -139,8 +143,21 @@ class Program:
         self._device.replay(bucket, self._decode[bucket])
 
     def write(self, name: str, array: npt.NDArray[Any]) -> None:
-        """Overwrite a state tensor, after the work enqueued so far."""
+        """Overwrite a state tensor. The device must be idle."""
+        if self._outbox is not None and name == "positions":
+            self._outbox.begin(array)
+        if self._outbox is not None and name == "sampling_i":
+            array = np.concatenate([array[:, :6], self._outbox.address()], 1)
         self._state[name].copyfrom(array)
+
+    def tokens(self, rows: int) -> Pending:
+        """The tokens of the first `rows` rows that the last step, or `sample`, will have chosen.
+
+        To be called after each of them, where `write` gave the positions they began with.
+        """
+        if self._outbox is not None:
+            return self._outbox.next(rows)
+        return self._device.fetch(self.view("tokens", rows))
 
     def view(self, name: str, rows: int) -> Any:
         """The first `rows` rows of a state tensor."""

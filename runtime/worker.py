@@ -221,7 +221,7 @@ class Worker:
 
     def _publish_tokens(self, rows: int) -> None:
         if self._results is not None:
-            self._publish("tokens", self._device.fetch(self._program.view("tokens", rows)))
+            self._publish("tokens", self._program.tokens(rows))
 
     def do_logits(self, rows: int) -> None:
         """Publish the logits of the first `rows` rows, float32 [rows, vocab]."""

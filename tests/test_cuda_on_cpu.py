@@ -9,6 +9,7 @@ import pytest
 import test_kernel_sampling as reference
 
 from shardwright.compiler.kernels import all_reduce
+from shardwright.runtime.outbox import SLOTS, Outbox
 
 ROWS = 3
 
@@ -210,11 +211,18 @@ def test_the_sampler_chooses_the_tokens_of_the_other(library):
     rows.i[:, 4:6] = rng.integers(0, 2**31, (count, 2))
     names = ("tokens", "positions", "history")
     state = [getattr(rows, name).copy() for name in names]
+    outbox = Outbox(np.zeros((count, SLOTS), np.uint64), reference.MAX_LEN, lambda: None)
+    outbox.begin(rows.positions)
+    rows.i[:, 6:] = outbox.address()
+    chosen = outbox.next(count)
+    assert not chosen.ready()
     arrays = (rows.logits, np.zeros_like(logits), *state, rows.f, rows.i, rows.eos)
     library.sample(*(ctypes.c_void_p(a.ctypes.data) for a in arrays), count)
     rows.run(lambda *_: reference.compiled(count, vocab))
     for name, array in zip(names, state, strict=True):
         np.testing.assert_array_equal(array, getattr(rows, name))
+    assert chosen.ready()
+    assert chosen.value().tolist() == [0 if t == -7 else t for t in rows.tokens]
     assert rows.tokens[1] == -7 and rows.tokens[5] != best and rows.tokens[7] == 0
 
 

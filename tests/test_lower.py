@@ -76,3 +76,12 @@ def test_attention_writes_what_the_product_behind_it_reads(tmp_path, head_dim):
     assert ("prefill_attention_image_kernel" in names) == images
     # The others are of norms: one for each layer's attention, one for the first layer's MLP.
     assert names.count("q4_gemm_image_kernel") == (3 if images else 4)
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90a"])
+def test_the_sampler_that_writes_to_the_host_is_in_builds_that_say_so(program, arch):
+    target = cuda.cuda_target((arch,))
+    with target, without_source_context():
+        mod = lower_abstract(program.mod, target)
+    text = mod["sample_kernel"].script()
+    assert ("shardwright::sampler::sample" in text) == cuda.from_sm_90(target) == (arch == "sm_90a")

@@ -143,6 +143,24 @@ def test_reads_arrive_later(cuda):
         reads[0].ready()
 
 
+def test_tokens_that_the_gpu_writes(cuda):
+    gpu = CudaDevice(0, use_graph=True)
+    outbox = gpu.outbox(rows=2, length=9)
+    outbox.begin(np.array([3, 4], np.int32))
+    step = outbox.next(2)
+    assert not step.ready()
+    for address, word in zip(
+        outbox.address().view(np.uint64), (4 << 32 | 6, 5 << 32 | 7), strict=True
+    ):
+        ctypes.c_uint64.from_address(int(address[0]) + 8 * (word >> 32)).value = word
+    assert step.ready() and step.value().tolist() == [6, 7]
+    counter(cuda, "fail").value = 700
+    with pytest.raises(WorkerError, match="the GPU failed: a reason"):
+        outbox.next(2).ready()
+    gpu.close()
+    assert counter(cuda, "freed").value == 256 + 1 + 2 + 1
+
+
 def test_wait_polls_and_can_be_aborted(cuda):
     gpu = CudaDevice(0, use_graph=True)
     counter(cuda, "events_until_ready").value = 5

@@ -11,6 +11,7 @@ namespace shardwright::sampler {
 
 constexpr int kParts = 8;  // the largest cluster that every GPU with clusters can launch
 constexpr int kThreads = 1024;
+constexpr int kSlots = 256;  // of a row's latest tokens on the host, see runtime/outbox.py
 constexpr float kLowest = -3.0e38f;  // logits are clamped at this; NaN and below become -infinity
 
 // Integers in the order of floats.
@@ -151,6 +152,8 @@ __device__ __forceinline__ void sample(
   const float temperature = sampling_f[0], top_p = sampling_f[1], penalty = sampling_f[2];
   const int top_k = sampling_i[0], ngram = sampling_i[1];
   const bool early = position + 1 - sampling_i[3] < sampling_i[2];
+  volatile uint64_t* const ring = reinterpret_cast<volatile uint64_t*>(
+      (uint64_t)(unsigned)sampling_i[7] << 32 | (unsigned)sampling_i[6]);
   const int first = part * kLocal, last = min(first + kLocal, kVocab);
   float score[kPer];
 #pragma unroll
@@ -271,6 +274,8 @@ __device__ __forceinline__ void sample(
     history[position + 1] = winner;
     tokens[row] = winner;
     positions[row] = position + 1;
+    // To the host as well, without a copy behind this kernel.
+    if (ring) ring[(position + 1) % kSlots] = (uint64_t)(position + 1) << 32 | (unsigned)winner;
   }
 }
 

@@ -16,6 +16,8 @@ PARTS, THREADS = 8, 1024
 def sample(*, batch: int | None, vocab: int, max_len: int) -> tirx.PrimFunc:
     """`sampling.sample` for CUDA GPUs with clusters: the same arguments and tokens.
 
+    The last two words of `sampling_i` are the address of the row's ring in an `Outbox` of the
+    runtime, the lower half first, or 0: the token is written there too.
     Where weights differ by less than their rounding, top-p may cut one token earlier or later.
     """
     b = extent(batch, "b")
