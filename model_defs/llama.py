@@ -131,8 +131,8 @@ class LlamaForCausalLM(nn.Module):
 
     def forward(self, tokens: nn.Tensor, lengths: nn.Tensor, cache: Cache) -> nn.Tensor:
         """tokens int32 [n], lengths int32 [n] (of each token's sequence) -> hidden [n, embed]."""
-        tables = self.rotary_tables(cache.positions, lengths)
         x = self.embed(tokens)
+        tables = self.rotary_tables(cache.positions, lengths)
         for layer, table in zip(self.model.layers, tables, strict=True):
             x = layer(x, table, cache)
         return self.model.norm(x)

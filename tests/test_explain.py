@@ -34,8 +34,8 @@ EXPECTED = {
 """,
     "Values of decode_1: local shape, placement, weight": """
   add                        [1]         Replicate
-  shardwright.rotary_table   [1, 2, 8]   Replicate
   shardwright.embed          [1, 64]     Partial(sum)     model.embed_tokens.weight
+  shardwright.rotary_table   [1, 2, 8]   Replicate
   all-reduce                 [1, 64]     Replicate
   2 times:
     nn.rms_norm                [1, 64]     Replicate        model.layers.*.input_layernorm.weight

@@ -390,18 +390,18 @@ def by_hand(bb, v):
     constant = relax.const(inv_freq(LlamaConfig(96, 64, 96, 2, 4, 2, 16))[0])
     no_scaling = relax.prim_value(tvm.tirx.IntImm("int64", 0))
     numbers = [relax.prim_value(tvm.tirx.FloatImm("float64", 1.0))] * 2
-    rotary = bb.emit(
-        relax.call_dps_packed(
-            "shardwright.rotary_table",
-            relax.Tuple([v["positions"], lengths, constant, *numbers, no_scaling]),
-            out_ty=relax.TensorType([2, 2, 8], "float32"),
-        )
-    )
     x = bb.emit(
         relax.call_dps_packed(
             "shardwright.embed",
             relax.Tuple([v["model.embed_tokens.weight"], v["tokens"], v["rank"]]),
             out_ty=relax.TensorType([2, 64], "float32"),
+        )
+    )
+    rotary = bb.emit(
+        relax.call_dps_packed(
+            "shardwright.rotary_table",
+            relax.Tuple([v["positions"], lengths, constant, *numbers, no_scaling]),
+            out_ty=relax.TensorType([2, 2, 8], "float32"),
         )
     )
     x = bb.emit(R.ccl.allreduce(x, "sum", True))

@@ -28,7 +28,8 @@ def lower_rotary_table(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> 
         ntk=ntk,
         target=k.target,
     )
-    return relax.call_tir(kernel, [positions, lengths, inv_freq], call.ty)
+    # What is not read need not be computed: a step has no lengths, but for this.
+    return relax.call_tir(kernel, [positions, lengths if ntk else positions, inv_freq], call.ty)
 
 
 def lower_rotary_table_long(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
