@@ -17,7 +17,7 @@ from shardwright.compiler.fuse import Rewrite
 from shardwright.compiler.kernels import gemv_mma
 from shardwright.compiler.linear import Rewriter, is_call, reads
 from shardwright.compiler.lowering.common import one_token_product
-from shardwright.compiler.peer import SUFFIX, PeerState
+from shardwright.compiler.peer import SUFFIX, SUM_PLACES, PeerState, sum_places
 from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.rules import op_name, operands_of, shape_of
 
@@ -25,7 +25,6 @@ FUSE_NORM_PASS = "fuse_norm"
 
 _DECODE = "decode_1"
 _ADD_NORM = "shardwright.add_rms_norm"
-_REDUCE = "shardwright.peer_all_reduce"
 _REDUCE_ADD_NORM = "shardwright.peer_all_reduce_add_rms_norm"
 _PRODUCTS = ("shardwright.q4_linear", "shardwright.q4_gated_linear")
 
@@ -79,13 +78,12 @@ def fuse_norm(mod: tvm.IRModule, peer: PeerState | None) -> tvm.IRModule:
     """`mod` with the norms of its functions of one row fused, for GPUs with clusters.
 
     `shardwright.add_norm_q4_linear(x, y, norm, packed, scale, eps) -> (x + y, product)`, or
-    `add_norm_q4_gated_linear`. With several ranks, `send_q4_linear(x, packed, scale, peers,
-    peer_calls, rank, index, count, first) -> done [1]` and `sum_norm_q4_linear(residual, norm,
-    packed, scale, done, x, peers, peer_calls, rank, index, eps, count, first)`, or gated. `done`
-    and `x`, what the product in front multiplies, are not read: the one keeps the order of the two,
-    the other its memory from being used anew, since the second kernel begins while the first still
-    runs. `index` counts those of a step, of which there are at most `count`; `first` is
-    `PeerState.sums_at`.
+    `add_norm_q4_gated_linear`. With several ranks, `send_q4_linear(x, packed, scale, peers, rank,
+    place, first) -> done [1]` and `sum_norm_q4_linear(residual, norm, packed, scale, done, x, peers,
+    rank, place, last_place, eps, first)`, or gated. `done` and `x`, what the product in front
+    multiplies, are not read: the one keeps the order of the two, the other its memory from being
+    used anew, since the second kernel begins while the first still runs. `place` is one of
+    `peer.SUM_PLACES`, `last_place` that of the sum before; `first` is `PeerState.sums_at`.
     """
     functions = dict(mod.functions_items())
     for gv, func in mod.functions_items():
@@ -115,42 +113,39 @@ def _fuse_add_norms(func: relax.Function) -> relax.Function:
 
 
 def _fuse_all_reduces(func: relax.Function, peer: PeerState) -> relax.Function:
-    """All but the first, or none: those that stay count calls, by which these tell steps apart."""
+    """All that a residual and a norm follow, or none."""
     f = _Function(func)
     reduces = f.calls(_REDUCE_ADD_NORM)
     found = [f.site(*call) for call in reduces]
     sites = [site for site in found if site is not None]
     sent = [y for y in map(f.sent, sites) if y is not None]
-    first = [i for i, (_, value) in enumerate(f.bindings) if is_call(value, _REDUCE)]
-    behind = [i for i, (_, value) in enumerate(f.bindings) if is_call(value, _REDUCE_ADD_NORM)]
-    # Four at least, so that what a place holds at the beginning of a step is none of its numbers.
-    if len(sent) != len(reduces) or len(sent) < 4 or len(first) != 1 or first[0] > behind[0]:
+    if len(sent) != len(reduces) or len(sent) < SUM_PLACES:
         return func
     # Nor may a product do both, or anything run between a product that sends and its receiver.
     place = {var: i for i, (var, _) in enumerate(f.bindings)}
     apart = any(place[site.pair] != place[y] + 1 for site, y in zip(sites, sent, strict=True))
     if apart or {site.product for site in sites} & set(sent):
         return func
-    # A power of two, for the same reason.
-    count = relax.prim_value(1 << (len(sites) - 1).bit_length())
+    places = sum_places(len(sites))
     at = relax.prim_value(peer.sums_at)
     by_pair = {site.pair: i for i, site in enumerate(sites)}
     by_sent = {y: i for i, y in enumerate(sent)}
 
     def rewrite(rw: Rewriter, var: relax.Var, call: relax.Call) -> relax.Expr | None:
         if var in by_sent:
-            *_, peers, calls, rank, _ = sites[by_sent[var]].args
-            index = relax.prim_value(by_sent[var])
-            tensors = map(rw.local, (*operands_of(call), peers, calls, rank))
+            *_, peers, _calls, rank, _eps = sites[by_sent[var]].args
+            place = relax.prim_value(places[by_sent[var]])
+            tensors = map(rw.local, (*operands_of(call), peers, rank))
             done = relax.TensorType([1], "int32")
-            return _call("send_q4_linear", [*tensors, index, count, at], done)
+            return _call("send_q4_linear", [*tensors, place, at], done)
         if var in by_pair:
             number = by_pair[var]
-            residual, y, norm, peers, calls, rank, eps = sites[number].args
+            residual, y, norm, peers, _calls, rank, eps = sites[number].args
             _, packed, scale = operands_of(sites[number].call)
             x = operands_of(f.values[y])[0]
-            tensors = map(rw.local, (residual, norm, packed, scale, y, x, peers, calls, rank))
-            operands = [*tensors, relax.prim_value(number), eps, count, at]
+            tensors = map(rw.local, (residual, norm, packed, scale, y, x, peers, rank))
+            both = (relax.prim_value(places[i]) for i in (number, number - 1))
+            operands = [*tensors, *both, eps, at]
             return _emit(rw, sites[number], "sum_norm", operands)
         return None
 

@@ -37,6 +37,9 @@ template <class T>
 T __ldcg(const T* from) { return *from; }
 inline float __half2float(half v) { return v; }
 inline half __float2half(float v) { return v; }
+inline float fabsf(float x) { return std::fabs(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const unsigned long long both = (unsigned long long)y << 32 | x;
   unsigned out = 0;
@@ -66,11 +69,12 @@ inline char* base() { return reinterpret_cast<char*>(block->shared.data()); }
 inline void __syncthreads() { block->meet.arrive_and_wait(); }
 inline void __syncwarp() { warp().meet.arrive_and_wait(); }
 
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
   const int lane = threadIdx.x % 32;
   memcpy(warp().x[lane], &value, 4);
   __syncwarp();
-  float other;
+  T other;
   memcpy(&other, warp().x[lane ^ mask], 4);
   __syncwarp();
   return other;
@@ -150,11 +154,30 @@ inline void multiply(float (&c)[4], unsigned w0, unsigned w1, unsigned w2, unsig
   }
   __syncwarp();
 }
+inline void multiply_bytes(int (&c)[4], unsigned w0, unsigned w1, unsigned w2, unsigned w3,
+                           unsigned x0, unsigned x1) {
+  const int lane = threadIdx.x % 32;
+  const unsigned w[4] = {w0, w1, w2, w3}, x[2] = {x0, x1};
+  memcpy(warp().w[lane], w, 16), memcpy(warp().x[lane], x, 8);
+  __syncwarp();
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 32; ++k) {
+      const int from = k % 16 / 4, shift = k % 4 * 8;
+      const unsigned pw = warp().w[row % 8 * 4 + from][row / 8 + k / 16 * 2] >> shift & 255;
+      c[i] += (int)pw * (signed char)(warp().x[column * 4 + from][k / 16] >> shift);
+    }
+  }
+  __syncwarp();
+}
+inline unsigned add_halves(unsigned word, unsigned sum) {
+  return sum + (word & 0xffff) + (word >> 16);
+}
 template <unsigned kMask>
 unsigned masked(unsigned word) { return (word & kMask) | 0x64006400; }
 // Of ranks that run one after another: all has been sent before any looks.
-inline void send_word(unsigned* to, unsigned word) { *to = word; }
-inline uint4 look_at_words(const unsigned* from) { return {from[0], from[1], from[2], from[3]}; }
+inline void send_half(unsigned short* to, unsigned short bits) { *to = bits; }
+inline uint4 look_at_words(const uint4* from) { return *from; }
 template <int kCount>
 void cluster_load(float (&v)[kCount], const float* p, int rank) {
   memcpy(v, reinterpret_cast<char*>(cluster->blocks[rank]->shared.data()) + address(p), sizeof(v));

@@ -13,7 +13,7 @@ from shardwright.compiler import cuda, fuse
 from shardwright.compiler.fuse_norm import FUSE_NORM_PASS, fuse_norm
 from shardwright.compiler.kernels import gemv_mma
 from shardwright.compiler.lower import lower_abstract
-from shardwright.compiler.peer import add_peer_functions, peer_state
+from shardwright.compiler.peer import SUM_PLACES, add_peer_functions, peer_state, sum_places
 from shardwright.compiler.program import partition_program
 from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.quantization import quantization
@@ -111,20 +111,27 @@ def test_several_ranks_send_and_sum(ranks):
     sends = [x for x in found if x[0] == "send_q4_linear"]
     sums = [x for x in found if x[0].startswith("sum_norm")]
     residual = found[start][2][0]
+    places = [0, 1, 2, 3, 4, 5]
     for i, ((_, sent, send), (_, _pair, args)) in enumerate(zip(sends, sums, strict=True)):
-        x, _, _, *exchange, index, count, first = send
-        assert [t.name for t in exchange] == ["peers", "peer_calls", "rank"]
-        # Numbers of one step and of the next differ, however many there are: a power of two.
-        assert (index.value, count.value, first.value) == (i, 8, peer.sums_at)
-        old, norm, _packed, _scale, done, held, *exchange, index, eps, count, first = args
-        assert [t.name for t in exchange] == ["peers", "peer_calls", "rank"]
-        assert (index.value, count.value, first.value) == (i, 8, peer.sums_at)
+        x, _, _, *exchange, place, first = send
+        assert [t.name for t in exchange] == ["peers", "rank"]
+        assert (place.value, first.value) == (places[i], peer.sums_at)
+        old, norm, _packed, _scale, done, held, *exchange, place, last, eps, first = args
+        assert [t.name for t in exchange] == ["peers", "rank"]
+        assert (place.value, last.value, first.value) == (places[i], places[i - 1], peer.sums_at)
         assert done == sent and held == x and eps.value == 1e-5 and "norm" in norm.name
         assert old == residual if i == 0 else item(func, old) == (sums[i - 1][1], 0)
 
 
+@pytest.mark.parametrize("sums", range(SUM_PLACES, 24))
+def test_places_of_sums_are_used_again_behind_two_others(sums):
+    steps = sum_places(sums) * 2
+    assert set(steps) == set(range(SUM_PLACES))
+    assert all(len({*steps[i : i + 3]}) == 3 for i in range(len(steps) - 2))
+
+
 def test_all_of_several_ranks_or_none():
-    # Two all-reduces behind the first are too few to tell steps apart for sure.
+    # Too few sums to have places of their own.
     before, after, _ = fused(CONFIG | {"num_hidden_layers": 1}, 2)
     assert not changed(before, after)
     before, after, _ = fused(CONFIG | {"mlp_bias": True}, 2)
@@ -176,7 +183,7 @@ def test_the_kernels_compile():
     product = gemv_mma.Product(1, 96, 256, 32, True)
     sizes = {"group": 32, "in_features": 256}
     normed = sizes | {"out_features": 96, "tuned": gemv_mma.normed_plan(product), "eps": 1e-5}
-    peers = {"ranks": 2, "count": 8, "first_word": 64}
+    peers = {"ranks": 2, "first_word": 64}
     plain = gemv_mma.plan(gemv_mma.Product(1, 256, 256, 32), clusters=True)
     kernels = {
         "add": gemv_mma.add_norm_gemv_mma(**normed, out_dtype="float16", gated=True),

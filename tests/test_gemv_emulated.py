@@ -49,9 +49,7 @@ SUMS = {
         (Product(1, 37, 1024, 64), Plan(256, 1, 2, 2, 1)),
     ),
 }
-EXCHANGE = (
-    "const int64_t* peers, const int* calls, const int* rank, int index, int count, unsigned first"
-)
+EXCHANGE = "const int64_t* peers, const int* rank, unsigned first, int place, int last_place"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +59,7 @@ def library(tmp_path_factory):
     directory = tmp_path_factory.mktemp("emulated")
     text = Path(gemv_mma.__file__).with_suffix(".cuh").read_text()
     for i, (product, plan) in enumerate(CASES.values()):
-        sizes = f"shardwright_gemv::Sizes<{gemv_mma.sizes(product, plan)}>"
+        sizes = f"shardwright_gemv::Sizes<{gemv_mma.sizes(product, plan, BLOCKS)}>"
         blocks, threads = BLOCKS * plan.cluster, plan.split * plan.teams * 32
         text += f"""
 extern "C" void case_{i}(const half* x, const void* w, const half* scale, half* out) {{
@@ -79,7 +77,7 @@ extern "C" void case_{i}(const half* x, const void* w, const half* scale, half* 
 extern "C" void send_{i}(const half* x, {EXCHANGE}, const void* w, const half* scale) {{
   run_grid({sent_grid}, [&](char* shared) {{
     using namespace shardwright_gemv;
-    SentOutput<{ranks}> output{{Exchange{{peers, calls, rank, index, count, first}}}};
+    SentOutput<{ranks}> output{{Exchange{{peers, rank, first, place}}}};
     product<{sent}>(PlainInput{{x}}, w, scale, output, shared);
   }});
 }}
@@ -88,7 +86,7 @@ extern "C" void sum_{i}(const half* residual, const half* y, const half* norm, h
   run_grid({normed_grid}, [&](char* shared) {{
     using namespace shardwright_gemv;
     SumInput<{normed}, {ranks}> input{{residual, y, norm, sum, 1e-5f,
-                                      Exchange{{peers, calls, rank, index, count, first}}}};
+                                      Exchange{{peers, rank, first, place}}, last_place}};
     product<{normed}>(input, w, scale, PlainOutput<half>{{out}}, shared);
   }});
 }}
@@ -106,7 +104,7 @@ BLOCKS = 2  # that share the outputs
 def grid_of(product, plan):
     """The sizes of a product, and the grid that computes it."""
     threads = plan.split * plan.teams * 32
-    sizes = f"shardwright_gemv::Sizes<{gemv_mma.sizes(product, plan)}>"
+    sizes = f"shardwright_gemv::Sizes<{gemv_mma.sizes(product, plan, BLOCKS)}>"
     return sizes, f"{BLOCKS}, 1, {threads}, {shared_of(product, plan)}"
 
 
@@ -151,22 +149,20 @@ def pointers(*values):
 @pytest.mark.parametrize("name", SUMS)
 def test_sums_of_all_ranks_and_their_norm(library, name):
     ranks, (sender, _), (product, _) = SUMS[name]
-    case, first, count = list(SUMS).index(name), 8, 4
+    case, first, places = list(SUMS).index(name), 8, 4
     rng, features = np.random.default_rng(ranks), product.in_features
     senders = [four_bits(rng, (features, sender.in_features), sender.group) for _ in range(ranks)]
     weight, scale, dense = four_bits(rng, (product.out_features, features), product.group)
     norm = rng.standard_normal(features).astype(np.float16)
-    end = first + 2 * ranks * features
+    end = first + places * ranks * features // 2
     buffers = [np.zeros(end + 8, np.uint32) for _ in range(ranks)]
     peers = np.array([a.ctypes.data for a in (*buffers, np.zeros(1, np.int32))])
     numbers = [np.array([r], np.int32) for r in range(ranks)]
-    # All-reduces of two steps, between which other functions have counted on; both halves.
-    for step, index in ((1, 0), (1, 1), (1, 2), (1, 3), (7, 0), (7, 1)):
-        calls = np.array([step], np.int32)
+    for place, last_place in ((0, 3), (1, 0), (2, 1), (3, 2), (0, 3), (1, 0)):
         residual = rng.standard_normal(features).astype(np.float16)
         given = rng.standard_normal((ranks, sender.in_features)).astype(np.float16)
         y = rng.standard_normal(features).astype(np.float16)
-        exchange = [(peers, calls, r, index, count, first) for r in numbers]
+        exchange = [(peers, r, first, place, last_place) for r in numbers]
         send, add = getattr(library, f"send_{case}"), getattr(library, f"sum_{case}")
         for r, (words, scales, _) in enumerate(senders) if ranks > 1 else ():
             send(*pointers(given[r], *exchange[r], words, scales))
@@ -192,12 +188,14 @@ def test_sums_of_all_ranks_and_their_norm(library, name):
             np.testing.assert_array_equal(other[1], out)
         for buffer in buffers:
             assert not buffer[:first].any() and not buffer[end:].any()
+            of_places = buffer[first:end].reshape(places, -1).any(1)
+            assert ranks == 1 or [*np.flatnonzero(of_places)] == [place]
     if ranks == 1:
         return
     # Of a step that nobody has sent: a word says so, and then the lack of its address.
     give_up = np.ones(1, np.int32)
     peers[-1] = give_up.ctypes.data
-    arrays = (residual, y, norm, total, *(peers, calls + 1, numbers[0], 0, count, first))
+    arrays = (residual, y, norm, total, *(peers, numbers[0], first, 3, 2))
     for _ in range(2):
         add(*pointers(*arrays, weight, scale, out))
         assert peers[-1] == 0

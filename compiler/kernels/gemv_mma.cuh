@@ -48,6 +48,20 @@ __device__ __forceinline__ void multiply(float (&c)[4], unsigned w0, unsigned w1
       : "r"(w0), "r"(w1), "r"(w2), "r"(w3), "r"(x0), "r"(x1));
 }
 
+// c [16 x 8] += w [16 x 32], without sign, * x [32 x 8], with one.
+__device__ __forceinline__ void multiply_bytes(int (&c)[4], unsigned w0, unsigned w1, unsigned w2,
+                                               unsigned w3, unsigned x0, unsigned x1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(w0), "r"(w1), "r"(w2), "r"(w3), "r"(x0), "r"(x1));
+}
+
+// sum plus both halves of a word.
+__device__ __forceinline__ unsigned add_halves(unsigned word, unsigned sum) {
+  return __dp2a_lo(word, 0x0101u, sum);
+}
+
 // word & mask | 0x64006400, which the compiler would make two instructions of.
 template <unsigned kMask>
 __device__ __forceinline__ unsigned masked(unsigned word) {
@@ -81,6 +95,7 @@ __device__ __forceinline__ void read(half (&out)[kCount], const char* from) {
 template <int kCount>
 __device__ __forceinline__ void read(float (&out)[kCount], const float* from) {
   if (kCount == 4) *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(from);
+  else if (kCount == 2) *reinterpret_cast<uint2*>(out) = *reinterpret_cast<const uint2*>(from);
   else out[0] = *from;
 }
 
@@ -109,13 +124,14 @@ __device__ __forceinline__ float rounded<float>(float v) { return v; }
 template <>
 __device__ __forceinline__ half rounded<half>(float v) { return __float2half(v); }
 
-// Sizes, as `Layout` of gemv_mma.py has them; kGroup is 0 for an fp16 weight.
+// Sizes, as `Plan` of gemv_mma.py has them; kGroup is 0 for an fp16 weight. kParts blocks, or clusters
+// of them, divide the outputs.
 template <int kBatch_, int kOutputs_, int kInner_, int kGroup_, bool kGated_, int kChunk_,
-          int kTiles_, int kDepth_, int kSplit_, int kTeams_, int kPhases_, int kCluster_>
+          int kTiles_, int kDepth_, int kSplit_, int kTeams_, int kPhases_, int kCluster_, int kParts_>
 struct Sizes {
   static constexpr int kBatch = kBatch_, kOutputs = kOutputs_, kInner = kInner_, kGroup = kGroup_;
   static constexpr int kChunk = kChunk_, kDepth = kDepth_, kSplit = kSplit_, kTeams = kTeams_;
-  static constexpr int kTiles = kTiles_, kPhases = kPhases_, kCluster = kCluster_;
+  static constexpr int kTiles = kTiles_, kPhases = kPhases_, kCluster = kCluster_, kParts = kParts_;
   static constexpr bool kGated = kGated_, kQ4 = kGroup > 0;
   static constexpr int kThreads = kSplit * kTeams * 32;
   static constexpr int kRows = kTiles * 16;               // that a warp takes at a time
@@ -138,10 +154,11 @@ struct Sizes {
   static constexpr int kPieces = kSteps * kSplit * kBlocks32 * 4;  // 16 bytes of x, of a token
   static constexpr int kTokens8 = (kBatch + 7) / 8;
   static constexpr int kRing = kSplit * kTeams * kDepth * kSlot;
-  // Of one token and four bits each group of 32 elements has a column of its own: see `consume`.
-  static constexpr bool kColumns = kBatch == 1 && kQ4;
-  static constexpr int kGroups = kColumns ? kPieces / 4 : 0;  // of x
-  static_assert(!kColumns || (kTiles == 1 && kBlocks32 % 8 == 0), "a chunk fills columns");
+  // One token is multiplied with four bits as integers: see `consume_integers`.
+  static constexpr bool kIntegers = kBatch == 1 && kQ4;
+  static constexpr int kGroups = kIntegers ? kPieces / 4 : 0;  // of x, of 32 elements
+  static constexpr int kLaneGroups = kBlocks32 / 4;       // of a chunk, that a lane sums up
+  static_assert(!kIntegers || (kTiles == 1 && kBlocks32 % 8 == 0), "a chunk fills columns");
   // Else x lies in shared memory as in memory, a phase ahead, where there are several. Eight lanes
   // that read together meet no bank twice.
   static constexpr int kStepBytes = kSplit * kElements * 2, kPhaseBytes = kSteps * kStepBytes;
@@ -153,7 +170,7 @@ struct Sizes {
   // is read, and copies need no registers: so of several phases, and of 5 to 8 tokens, where the one
   // was seen to cost less than the other.
   static constexpr bool kOrdered =
-      kQ4 && !kColumns && kPhases == 1 && (kBatch <= 4 || kTokens8 > 1);
+      kQ4 && !kIntegers && kPhases == 1 && (kBatch <= 4 || kTokens8 > 1);
   static constexpr int kOutputsOf = kGated ? 8 : 16;      // a tile has
   // Outputs that a thread writes at once.
   static constexpr int kWide = kBatch == 1 || kOutputs % 4 ? 1 : 4;
@@ -227,38 +244,64 @@ __device__ __forceinline__ uint4 ordered(uint4 v) {
                     __byte_perm(v.y, v.w, 0x5410), __byte_perm(v.y, v.w, 0x7632));
 }
 
-// x of one token for columns, in that order, what each group adds to its sum, and a piece of zeros.
+// x of one token as integers of 16 bits, each group of 32 elements to a scale of its own, so that none
+// is off by more than 2^-16 of the group's largest.
 template <class Z>
 struct Staged {
   char* pieces;
 
-  __device__ __forceinline__ float* added() const {
+  // Of a group: what its sum of products is multiplied by, and what is added then.
+  __device__ __forceinline__ float* factors() const {
     return reinterpret_cast<float*>(pieces + Z::kPieces * 16);
   }
-  __device__ __forceinline__ char* zeros() const {
-    return pieces + Z::kPieces * 16 + Z::kGroups * 4;
-  }
+  __device__ __forceinline__ float* offsets() const { return factors() + Z::kGroups; }
   __device__ __forceinline__ float* partial() const {  // what lies behind x
-    return reinterpret_cast<float*>(zeros() + 16);
+    return offsets() + Z::kGroups;
   }
 
-  // Elements 8 e to 8 e + 7; by four lanes together, which have four pieces in a row.
+  // Elements 8 e to 8 e + 7; by four lanes together, which have a group.
   __device__ __forceinline__ void put(int e, uint4 v) const {
-    uint4 words = ordered(v);
-    // Codes arrive with 1024 added and every second pair times 16; both have 7 too many.
-    const half2 sixteenth = __half2half2(__ushort_as_half(0x2c00));
-    half2* const pairs = reinterpret_cast<half2*>(&words);
-    float sum = 0.f;
+    constexpr float kMost = 32512.f;  // so that the upper byte, rounded, fits as well
+    float f[8], top = 0.f;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (i % 2) pairs[i] = __hmul2(pairs[i], sixteenth);
-      const float2 f = __half22float2(pairs[i]);
-      sum -= (i % 2 ? 1024.f + 16.f * 7.f : 1024.f + 7.f) * (f.x + f.y);
+      const float2 pair = __half22float2(reinterpret_cast<const half2*>(&v)[i]);
+      f[2 * i] = pair.x, f[2 * i + 1] = pair.y;
+      top = fmaxf(top, fmaxf(fabsf(pair.x), fabsf(pair.y)));
+    }
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    const float by = top > 0.f ? __fdividef(kMost, top) : 0.f;
+    // The integers plus 32768 are the last halves of floats from 1.5 * 2^23 on. Words have those of
+    // elements 0 and 2, 4 and 6, and of 1 and 3, 5 and 7.
+    auto rounded = [&](int i) { return __float_as_uint(fmaf(f[i], by, 12582912.f + 32768.f)); };
+    unsigned even[2], odd[2], sum = 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      even[i] = __byte_perm(rounded(4 * i), rounded(4 * i + 2), 0x5410);
+      odd[i] = __byte_perm(rounded(4 * i + 1), rounded(4 * i + 3), 0x5410);
+      sum = add_halves(odd[i], add_halves(even[i], sum));
     }
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    if (e % 4 == 0) added()[e / 4] = sum;
-    *reinterpret_cast<uint4*>(pieces + e * 16) = words;
+    const int group = e / 4, c = e % 4;
+    if (c == 0) {
+      const float one = top / kMost;
+      factors()[group] = one / 16.f;
+      offsets()[group] = one * -7.f * (float)((int)sum - 32 * 32768);
+    }
+    // Both bytes get a sign: 128 is added for the upper to be the nearest.
+    auto upper = [](const unsigned (&n)[2]) {
+      return __byte_perm(n[0] + 0x00800080u, n[1] + 0x00800080u, 0x7531) ^ 0x80808080u;
+    };
+    auto lower = [](const unsigned (&n)[2]) { return __byte_perm(n[0], n[1], 0x6420); };
+    // Where the lanes of `consume_integers` find them.
+    constexpr int kEach = Z::kLaneGroups;
+    const int place = group % kEach, t = group / kEach % 4, chunk = group / Z::kBlocks32;
+    char* const to = pieces + (chunk * (kEach / 2) + place / 2) * 512 + place % 2 * 8 +
+                     (t * 8 + c) * 16;
+    *reinterpret_cast<uint2*>(to) = uint2{upper(even), upper(odd)};
+    *reinterpret_cast<uint2*>(to + 64) = uint2{lower(even), lower(odd)};
   }
 };
 
@@ -268,7 +311,7 @@ struct PlainInput {
   const half* x;
 
   __device__ __forceinline__ void before() {}  // what may be read before the kernels in front end
-  // A phase's part of x for columns.
+  // A phase's part of x as integers.
   template <class Z>
   __device__ __forceinline__ void stage(Staged<Z> staged, int phase, int) const {
     each<Z>(phase * Z::kPieces, [&](int, int piece, uint4 v) { staged.put(piece, v); });
@@ -329,53 +372,54 @@ struct PlainInput {
   }
 };
 
-// Of groups of 32 elements `group` and the next, the scales of a row of a chunk.
-template <int kGroup>
-__device__ __forceinline__ float2 scales_of(const char* row, int group) {
-  if (kGroup == 32) return __half22float2(*reinterpret_cast<const half2*>(row + group * 2));
-  const float one = __half2float(*reinterpret_cast<const half*>(row + group * 32 / kGroup * 2));
-  return float2{one, one};
-}
-
 // One chunk of a tile times one token: `sums` of rows lane / 4 and 8 more, of each lane a part.
 //
-// The eight columns of a product on tensor cores are eight groups of 32 elements: a column has x of its
-// group and zeros for the others'. So what a group's sum is multiplied by and corrected by is done
-// once for each row and group, by all lanes, and unpacking needs no arithmetic: codes go in with the
-// 1024 that they were or-ed into.
+// The eight columns of a product on tensor cores are the upper and the lower bytes of x of four
+// groups of 32 elements; a column has zeros for the other groups' elements. So a lane gets the sums of
+// both bytes of a group, and what is done for each row and group is done once. Codes are not
+// unpacked: the lower ones of a word's bytes are one operand and the upper ones, 16 times as large,
+// another. Sums are exact.
 template <class Z>
-__device__ __forceinline__ void consume_columns(float (&sums)[2], unsigned source,
-                                                const char* scales, Staged<Z> x, int first_group) {
+__device__ __forceinline__ void consume_integers(float (&sums)[2], unsigned source,
+                                                 const char* scales, Staged<Z> x,
+                                                 int first_group) {
+  constexpr int kEach = Z::kLaneGroups, kSpan = kEach * 32;  // elements that a lane sums up
+  constexpr int kScales = kSpan > Z::kGroup ? kSpan / Z::kGroup : 1;
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-  source += lane % 16 * Z::kPitch + lane / 16 * 16;
-  const char* const mine = x.pieces + (first_group + g) * 64 + c * 16;
-  const char* const zeros = x.zeros();
+  source += lane % 16 * Z::kPitch + lane / 16 * (kEach * 16);
+  const char* const mine = x.pieces + first_group * 64 + lane * 16;
+  alignas(16) float factor[kEach], offset[kEach];
+  alignas(8) half scale[2][kScales];
 #pragma unroll
-  for (int part = 0; part < Z::kBlocks32 / 8; ++part) {
-    const float2 start =
-        *reinterpret_cast<const float2*>(x.added() + first_group + part * 8 + 2 * c);
-    // Two sums, which do not wait for each other.
-    float sum[2][4] = {{start.x, start.y, start.x, start.y}, {}};
+  for (int h = 0; h < 2; ++h)
+    read<kScales>(scale[h], scales + (8 * h + g) * Z::kScalePitch + c * kSpan / Z::kGroup * 2);
+  read<kEach>(factor, x.factors() + first_group + c * kEach);
+  read<kEach>(offset, x.offsets() + first_group + c * kEach);
 #pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      const uint4 w = load_matrices(source + part * 128 + q * 32);
+  for (int two = 0; two < kEach / 2; ++two) {
+    const uint4 bytes = *reinterpret_cast<const uint4*>(mine + two * 512);
 #pragma unroll
-      for (int p = 0; p < 2; ++p) {
-        const char* const from = g == q * 2 + p ? mine + part * 512 : zeros;
-        const uint4 by = *reinterpret_cast<const uint4*>(from);
-        const unsigned upper = p ? w.z : w.x, lower = p ? w.w : w.y;
-        multiply(sum[0], masked<0x000f000f>(upper), masked<0x000f000f>(lower),
-                 masked<0x00f000f0>(upper), masked<0x00f000f0>(lower), by.x, by.y);
-        multiply(sum[1], masked<0x000f000f>(upper >> 8), masked<0x000f000f>(lower >> 8),
-                 masked<0x00f000f0>(upper >> 8), masked<0x00f000f0>(lower >> 8), by.z, by.w);
+    for (int one = 0; one < 2; ++one) {
+      const int place = two * 2 + one;
+      const unsigned even = one ? bytes.z : bytes.x, odd = one ? bytes.w : bytes.y;
+      int sum[2][4] = {};  // of the codes as they are and of those times 16
+#pragma unroll
+      for (int pair = 0; pair < 4; pair += 2) {
+        const uint4 w = load_matrices(source + (pair * kEach + place) * 16);
+        const bool first = g / 2 == pair, second = g / 2 == pair + 1;
+        constexpr unsigned kLow = 0x0f0f0f0f, kHigh = 0xf0f0f0f0;
+        multiply_bytes(sum[0], w.x & kLow, w.y & kLow, w.z & kLow, w.w & kLow, first ? even : 0,
+                       second ? even : 0);
+        multiply_bytes(sum[1], w.x & kHigh, w.y & kHigh, w.z & kHigh, w.w & kHigh,
+                       first ? odd : 0, second ? odd : 0);
       }
-    }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float2 by =
-          scales_of<Z::kGroup>(scales + (8 * h + g) * Z::kScalePitch, part * 8 + 2 * c);
-      sums[h] += (sum[0][2 * h] + sum[1][2 * h]) * by.x +
-                 (sum[0][2 * h + 1] + sum[1][2 * h + 1]) * by.y;
+      for (int h = 0; h < 2; ++h) {
+        const int upper = sum[0][2 * h] * 16 + sum[1][2 * h];
+        const int lower = sum[0][2 * h + 1] * 16 + sum[1][2 * h + 1];
+        sums[h] += fmaf((float)(upper * 256 + lower), factor[place], offset[place]) *
+                   __half2float(scale[h][place * kScales / kEach]);
+      }
     }
   }
 }
@@ -454,8 +498,6 @@ struct PlainOutput {
   template <class Z>
   __device__ __forceinline__ void before() {}  // what may be read before the kernels in front end
   template <class Z>
-  __device__ __forceinline__ void after() {}  // and what may not
-  template <class Z>
   __device__ __forceinline__ void put(int token, int output, Out value) const {
     out[(long long)token * Z::kOutputs + output] = value;
   }
@@ -477,20 +519,19 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const int split = warp % Z::kSplit, team = warp / Z::kSplit;
   const int rank = blockIdx.x % Z::kCluster, part = blockIdx.x / Z::kCluster;
-  const int parts = gridDim.x / Z::kCluster;
   // The outputs of this block, or cluster.
   constexpr int kUnits = Z::kOutputs / Z::kWide;
-  const int first = (int)((long long)kUnits * part / parts) * Z::kWide;
-  const int count = (int)((long long)kUnits * (part + 1) / parts) * Z::kWide - first;
+  const int first = kUnits * part / Z::kParts * Z::kWide;
+  const int count = kUnits * (part + 1) / Z::kParts * Z::kWide - first;
   constexpr int kTake = Z::kTiles * Z::kOutputsOf;  // outputs a warp takes at a time
   const int takes = (count + kTake - 1) / kTake;
   const int mine = takes > team ? (takes - team + Z::kTeams - 1) / Z::kTeams : 0;
-  const int most = (kUnits + parts - 1) / parts * Z::kWide;
+  constexpr int most = (kUnits + Z::kParts - 1) / Z::kParts * Z::kWide;
   // Of the sums of a token. Lanes that write together meet no bank twice.
-  const int pitch = (most + kTake - 1) / kTake * Z::kRows + 4;
-  const Staged<Z> columns{shared + Z::kRing};
+  constexpr int pitch = (most + kTake - 1) / kTake * Z::kRows + 4;
+  const Staged<Z> integers{shared + Z::kRing};
   float* const partial =
-      Z::kColumns ? columns.partial() : reinterpret_cast<float*>(shared + Z::kPartial);
+      Z::kIntegers ? integers.partial() : reinterpret_cast<float*>(shared + Z::kPartial);
 
   using Ahead = Copies<Z>;
   Ahead ahead;
@@ -516,9 +557,7 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
     commit_copies();
   }
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared + Z::kBarriers);
-  if constexpr (Z::kColumns) {
-    if (tid == 0) *reinterpret_cast<uint4*>(columns.zeros()) = make_uint4(0, 0, 0, 0);
-  } else if (!Z::kOrdered) {
+  if constexpr (!Z::kIntegers && !Z::kOrdered) {
     for (int i = tid; i < Z::kBuffers * Z::kSteps; i += Z::kThreads)
       shardwright::phase_start(barriers + i, shardwright::kCopiers);
     if (!Z::kWhole) {
@@ -532,11 +571,10 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
   }
   input.before(), output_to.template before<Z>();
   if (Input::kWaits) shardwright::wait_for_inputs();
-  output_to.template after<Z>();
   if constexpr (Z::kOrdered) {
     input.template bring_ordered<Z>(shared, rank);
     __syncthreads();
-  } else if constexpr (!Z::kColumns) {
+  } else if constexpr (!Z::kIntegers) {
     for (int phase = 0; phase < Z::kBuffers; ++phase) input.template bring<Z>(shared, phase, rank);
   }
   // The next kernel may start once all copies are under way: sooner its own would only delay them.
@@ -544,15 +582,15 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
   if (items < Z::kDepth) shardwright::launch_dependents();
   int slot = 0;
   float sums[Z::kTiles][Z::kTokens8][4] = {};
-  float rows[2] = {};  // of columns
+  float rows[2] = {};  // of integers
   // The sums of one tile stay where they are from phase to phase.
-  const bool stay = !Z::kColumns && mine == 1;
+  const bool stay = !Z::kIntegers && mine == 1;
   for (int phase = 0; phase < Z::kPhases; ++phase) {
     const int buffer = phase % Z::kBuffers;
     const char* const x = shared + Z::kRing + buffer * Z::kBatch * Z::kXPitch;
-    if constexpr (Z::kColumns) {
+    if constexpr (Z::kIntegers) {
       if (phase) __syncthreads();
-      input.stage(columns, phase, rank);
+      input.stage(integers, phase, rank);
       __syncthreads();
     } else if (phase && phase + 1 < Z::kPhases) {
       __syncthreads();  // the other buffer is read no more
@@ -569,8 +607,8 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
       const char* source = ring + slot * Z::kSlot;
       if (++slot == Z::kDepth) slot = 0;
       const int at = (step * Z::kSplit + split) * Z::kElements;  // of the phase's columns
-      if constexpr (Z::kColumns) {
-        consume_columns<Z>(rows, address(source), source + Z::kRows * Z::kPitch, columns, at / 32);
+      if constexpr (Z::kIntegers) {
+        consume_integers<Z>(rows, address(source), source + Z::kRows * Z::kPitch, integers, at / 32);
       } else {
         if (!Z::kOrdered && take == team)
           shardwright::phase_wait(barriers + buffer * Z::kSteps + step, phase / Z::kBuffers % 2);
@@ -579,12 +617,12 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
       if (++step < Z::kSteps) continue;
       step = 0;
       if (stay && phase + 1 < Z::kPhases) continue;
-      if constexpr (Z::kColumns) {
+      if constexpr (Z::kIntegers) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           rows[h] += __shfl_xor_sync(~0u, rows[h], 1);
           rows[h] += __shfl_xor_sync(~0u, rows[h], 2);
-          // To where the sums of column 0 are.
+          // To where those of one column are.
           sums[0][0][2 * h] = rows[h], rows[h] = 0.f;
         }
       }

@@ -106,8 +106,8 @@ class Product:
         partial = (height + 4) * 4 * p.split * self.batch
         columns = steps * p.split * elements
         if self.batch == 1 and self.group:
-            # Also what each group of x adds, and a piece of zeros.
-            return ring + columns * 2 + columns // 32 * 4 + 16 + partial
+            # Also two floats for each group of x.
+            return ring + columns * 2 + columns // 32 * 8 + partial
         buffers = 2 if p.phases > 1 else 1
         x = buffers * self.batch * (columns * 2 + (64 if self.group else 16))
         return ring + x + _ceil(buffers * steps, 2) * 16 + partial
@@ -224,10 +224,11 @@ def _preferred(product: Product, clusters: bool) -> list[Plan]:
     return [replace(p, cluster=cluster) for p in plans]
 
 
-def sizes(product: Product, p: Plan) -> str:
-    """The arguments of the template `Sizes` of gemv_mma.cuh."""
+def sizes(product: Product, p: Plan, parts: int | None = None) -> str:
+    """The arguments of the template `Sizes` of gemv_mma.cuh; `parts` replaces `Product.parts`."""
     values = [product.batch, product.outputs, product.in_features, product.group, product.gated]
     values += [p.chunk, p.tiles, p.depth, p.split, p.teams, p.phases, p.cluster]
+    values += [parts or product.parts(p)]
     return ", ".join(str(int(value)) for value in values)
 
 
@@ -357,25 +358,25 @@ def gemv_mma(
     return q4_gemv_mma
 
 
-def _one_token(kind: str, product: Product, tuned: Plan, ranks: int, out_dtype: str) -> _Function:
+def _one_token(
+    kind: str, product: Product, tuned: Plan, ranks: int, out_dtype: str, first_word: int = 0
+) -> _Function:
     """The device function for a product whose x is a sum's norm, or whose result is sent."""
     out, template = _CUDA_TYPE[out_dtype], sizes(product, tuned)
     name = f"shardwright_gemv_{kind}_{_identifier(template)}_{ranks}_{out_dtype}"
-    exchange = (
-        "const int64_t* peers, const int* calls, const int* rank, int64_t index, int count, "
-        "int first_word, "
-    )
-    where = "Exchange{peers, calls, rank, (int)index, count, (unsigned)first_word}"
+    exchange = "const int64_t* peers, const int* rank, int64_t place, "
+    where = f"Exchange{{peers, rank, {first_word}, (int)place}}"
     if kind == "send":
         given = f"const half* x, {exchange}"
         input_, output = "PlainInput{x}", f"SentOutput<{ranks}>{{{where}}}"
     else:
-        given = (
-            "const half* residual, const half* y, const half* norm, half* sum, float epsilon, "
-            f"{exchange if ranks > 1 else ''}{out}* out, "
-        )
-        where = where if ranks > 1 else "{}"
-        input_ = f"SumInput<Z, {ranks}>{{residual, y, norm, sum, epsilon, {where}}}"
+        given = "const half* residual, const half* y, const half* norm, half* sum, float epsilon, "
+        summed = "{}, 0"
+        if ranks > 1:
+            given += f"{exchange}int64_t last_place, "
+            summed = f"{where}, (int)last_place"
+        given += f"{out}* out, "
+        input_ = f"SumInput<Z, {ranks}>{{residual, y, norm, sum, epsilon, {summed}}}"
         output = f"PlainOutput<{out}>{{out}}"
     folder = Path(__file__).parent
     source = cuda_source("gemv_mma.cuh") + (folder / "gemv_sum.cuh").read_text()
@@ -454,19 +455,16 @@ def send_gemv_mma(
     tuned: Plan,
     group: int,
     ranks: int,
-    count: int,
     first_word: int,
 ) -> tirx.PrimFunc:
     """A product whose result goes to all ranks as a summand, for one token and a four-bit weight.
 
-    `(x [1,K] f16, packed, scale, peers [ranks+1] i64, calls [rows] i32, rank [1] i32, index i64) ->
-    done [1] i32`. `sum_norm_gemv_mma` of the same `index` receives it; `index` counts those of a
-    step, of which there are `count`. `calls[0]` counts steps. What is sent goes to the words of the
-    ranks' buffers from `first_word` on, [2, ranks, N]. `done` is not written: it stands for the
-    order of the two.
+    `(x [1,K] f16, packed, scale, peers [ranks+1] i64, rank [1] i32, place i64) -> done [1] i32`.
+    What is sent goes to the ranks' buffers, from word `first_word` on [places, ranks, N] f16, where
+    `sum_norm_gemv_mma` receives it. `done` is not written: it stands for the order of the two.
     """
     k, product = in_features, Product(1, out_features, in_features, group)
-    f = _one_token("send", product, tuned, ranks, "float16")
+    f = _one_token("send", product, tuned, ranks, "float16", first_word)
 
     @T.prim_func(s_tir=True)
     def send_gemv_mma(
@@ -474,18 +472,15 @@ def send_gemv_mma(
         packed_h: T.handle,
         scale_h: T.handle,
         peers_h: T.handle,
-        calls_h: T.handle,
         rank_h: T.handle,
-        index: T.int64,
+        place: T.int64,
         done_h: T.handle,
     ):
         T.func_attr(SCHEDULED)
-        rows = T.int64()
         x = T.match_buffer(x_h, (1, k), "float16")
         packed = T.match_buffer(packed_h, (out_features, k // 8), "uint32")
         scale = T.match_buffer(scale_h, (out_features, k // group), "float16")
         peers = T.match_buffer(peers_h, (ranks + 1,), "int64")
-        calls = T.match_buffer(calls_h, (rows,), "int32")
         rank = T.match_buffer(rank_h, (1,), "int32")
         _done = T.match_buffer(done_h, (1,), "int32")
         with T.sblock("root"):
@@ -496,11 +491,8 @@ def send_gemv_mma(
                 [
                     x.data,
                     peers.data,
-                    calls.data,
                     rank.data,
-                    index,
-                    count,
-                    first_word,
+                    place,
                     packed.data,
                     scale.data,
                 ],
@@ -518,20 +510,20 @@ def sum_norm_gemv_mma(
     group: int,
     eps: float,
     ranks: int,
-    count: int,
     first_word: int,
     sent_features: int,
     gated: bool = False,
 ) -> tirx.PrimFunc:
     """As `add_norm_gemv_mma`, with what `send_gemv_mma` has sent on all ranks in place of y.
 
-    `(residual, norm, packed, scale, done, x, peers, calls, rank, index) -> (sum, out)`, arguments
-    as for those two. `x` [1,sent_features] is that of `send_gemv_mma`, which may still read it
+    `(residual, norm, packed, scale, done, x, peers, rank, place, last_place i64) -> (sum, out)`,
+    arguments as for those two; `last_place` is that of the sum before, which is cleared for its next
+    use, behind at least two others. `x` [1,sent_features] is that of `send_gemv_mma`, which may still read it
     while this kernel runs: it is not read here, but its memory must not be that of a result.
     Summands are added in rank order, so that all ranks get the same bits.
     """
     k, product = in_features, Product(1, out_features, in_features, group, gated)
-    f = _one_token("sum_norm", product, tuned, ranks, out_dtype)
+    f = _one_token("sum_norm", product, tuned, ranks, out_dtype, first_word)
 
     @T.prim_func(s_tir=True)
     def sum_norm_gemv_mma(
@@ -542,21 +534,19 @@ def sum_norm_gemv_mma(
         done_h: T.handle,
         x_h: T.handle,
         peers_h: T.handle,
-        calls_h: T.handle,
         rank_h: T.handle,
-        index: T.int64,
+        place: T.int64,
+        last_place: T.int64,
         sum_h: T.handle,
         out_h: T.handle,
     ):
         T.func_attr(SCHEDULED)
-        rows = T.int64()
         residual = T.match_buffer(residual_h, (1, k), "float16")
         norm = T.match_buffer(norm_h, (k,), "float16")
         packed = T.match_buffer(packed_h, (out_features, k // 8), "uint32")
         scale = T.match_buffer(scale_h, (out_features, k // group), "float16")
         _done = T.match_buffer(done_h, (1,), "int32")
         peers = T.match_buffer(peers_h, (ranks + 1,), "int64")
-        calls = T.match_buffer(calls_h, (rows,), "int32")
         rank = T.match_buffer(rank_h, (1,), "int32")
         total = T.match_buffer(sum_h, (1, k), "float16")
         out = T.match_buffer(out_h, (1, product.outputs), out_dtype)
@@ -572,11 +562,9 @@ def sum_norm_gemv_mma(
                     total.data,
                     T.float32(eps),
                     peers.data,
-                    calls.data,
                     rank.data,
-                    index,
-                    count,
-                    first_word,
+                    place,
+                    last_place,
                     out.data,
                     packed.data,
                     scale.data,

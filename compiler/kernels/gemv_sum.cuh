@@ -1,20 +1,19 @@
 // A residual's sum and norm in front of a product of one token, and products whose rows go to all
 // ranks as summands of it; gemv_mma.py calls them. Included once in a module, after gemv_mma.cuh.
 //
-// Between ranks an element travels as a word: a half, and the low half of a number that no call before
-// has given it. So a reader polls its own memory, and nothing is ever cleared. A buffer has room for
-// two sums, used in turn, each [ranks, features]: who sends the next but one has had all ranks'
-// summands of the next, which they sent behind reading this one.
+// Between ranks an element travels alone: where it is to come there is a 0, and who sends a 0 sends -0.
+// So a reader polls its own memory. It sets to 0 again what it had read before that, which no block
+// needs any more, since what it has read now was sent behind that by all blocks of its own GPU.
 #ifndef SHARDWRIGHT_GEMV_SUM
 #define SHARDWRIGHT_GEMV_SUM
 
 namespace shardwright_gemv {
 
 #ifndef SHARDWRIGHT_EMULATED  // tests on a CPU bring their own of these
-__device__ __forceinline__ void send_word(unsigned* to, unsigned word) {
-  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+__device__ __forceinline__ void send_half(unsigned short* to, unsigned short bits) {
+  asm volatile("st.relaxed.sys.global.u16 [%0], %1;" ::"l"(to), "h"(bits) : "memory");
 }
-__device__ __forceinline__ uint4 look_at_words(const unsigned* from) {
+__device__ __forceinline__ uint4 look_at_words(const uint4* from) {
   uint4 w;
   asm volatile("ld.relaxed.sys.global.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(from) : "memory");
@@ -22,22 +21,17 @@ __device__ __forceinline__ uint4 look_at_words(const unsigned* from) {
 }
 #endif  // SHARDWRIGHT_EMULATED
 
-// Where the summands of all-reduce `index` of a step's `count` go. All-reduces are numbered through
-// all steps; the lower half of that number is the flag.
+// One of the places for summands in the ranks' buffers, each [ranks, features].
 struct Exchange {
-  const int64_t* peers;  // addresses of the ranks' buffers, and of a word that says "give up"
-  const int* calls;      // counts steps
+  const int64_t* peers;  // addresses of the buffers, and of a word that says "give up"
   const int* rank;
-  int index, count;
   unsigned first_word;
+  int place;
 
-  __device__ __forceinline__ unsigned number() const {
-    return (unsigned)*calls * count + index + 1;
-  }
-  // Of the first of the two sums.
-  template <int kFeatures>
-  __device__ __forceinline__ unsigned* words(int owner, int source) const {
-    return reinterpret_cast<unsigned*>(peers[owner]) + first_word + source * kFeatures;
+  template <int kRanks, int kFeatures>
+  __device__ __forceinline__ unsigned short* halves(int owner, int source) const {
+    return reinterpret_cast<unsigned short*>(peers[owner]) + 2 * first_word +
+           (place * kRanks + source) * kFeatures;
   }
 };
 
@@ -46,27 +40,21 @@ template <int kRanks>
 struct SentOutput {
   using Type = half;
   Exchange exchange;
-  unsigned* to[kRanks];
-  unsigned flag, place;
+  unsigned short* to[kRanks];
 
   template <class Z>
   __device__ __forceinline__ void before() {
     const int rank = *exchange.rank;
 #pragma unroll
     for (int d = 0; d < kRanks; ++d)  // beginning with another rank than the others do
-      to[d] = exchange.words<Z::kOutputs>((rank + 1 + d) % kRanks, rank);
-  }
-  template <class Z>
-  __device__ __forceinline__ void after() {
-    const unsigned number = exchange.number();
-    flag = number << 16, place = number % 2 * kRanks * Z::kOutputs;
+      to[d] = exchange.halves<kRanks, Z::kOutputs>((rank + 1 + d) % kRanks, rank);
   }
   template <class Z>
   __device__ __forceinline__ void put(int, int output, half value) const {
     unsigned short bits;
     memcpy(&bits, &value, 2);
 #pragma unroll
-    for (int d = 0; d < kRanks; ++d) send_word(to[d] + place + output, bits | flag);
+    for (int d = 0; d < kRanks; ++d) send_half(to[d] + output, bits ? bits : 0x8000);
   }
 };
 
@@ -77,15 +65,18 @@ struct SumInput {
   // What kernels in front of the product that sent have written is there: it has waited for them.
   static constexpr bool kWaits = kRanks == 1;
   static constexpr int kPer = (Z::kPieces + Z::kThreads - 1) / Z::kThreads;
-  static_assert(Z::kColumns && Z::kPhases == 1 && Z::kCluster == 1, "all of x is in a block");
+  static_assert(Z::kIntegers && Z::kPhases == 1 && Z::kCluster == 1, "all of x is in a block");
 
   const half *residual, *y, *norm;
   half* sum;
   float epsilon;
   Exchange exchange;
+  int last_place;  // of the sum before
   uint4 weight[kPer];
 
   static __device__ __forceinline__ int piece(int j) { return threadIdx.x + j * Z::kThreads; }
+  // Whether this block writes what all compute of a piece.
+  static __device__ __forceinline__ bool mine(int j) { return piece(j) % Z::kParts == blockIdx.x; }
 
   __device__ __forceinline__ void before() {
 #pragma unroll
@@ -100,7 +91,7 @@ struct SumInput {
 #pragma unroll
     for (int j = 0; j < kPer; ++j) {
       if (piece(j) >= Z::kInner / 8) break;
-      if (piece(j) % gridDim.x == blockIdx.x) reinterpret_cast<uint4*>(sum)[piece(j)] = held[j];
+      if (mine(j)) reinterpret_cast<uint4*>(sum)[piece(j)] = held[j];
       const half2* const pair = reinterpret_cast<const half2*>(&held[j]);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -154,46 +145,64 @@ struct SumInput {
           to = __hadd2(to, reinterpret_cast<const half2*>(&more[j])[e]);
         }
     } else {
-      const unsigned number = exchange.number(), flag = (number & 0xFFFFu) * 0x10001u;
+      constexpr int kPieces = Z::kInner / 8;
+      // As many at once as registers allow.
+      constexpr int kAtOnce = kPer * kRanks <= 8 ? kPer : 1;
       shardwright::Patience patience(exchange.peers + kRanks);
-      const unsigned* const words = exchange.words<Z::kInner>(*exchange.rank, 0) +
-                                    number % 2 * kRanks * Z::kInner;
+      const uint4* const from = reinterpret_cast<const uint4*>(
+          exchange.halves<kRanks, Z::kInner>(*exchange.rank, 0));
 #pragma unroll
       for (int j = 0; j < kPer; ++j)
-        if (piece(j) < Z::kInner / 8) held[j] = __ldcg(old + piece(j));
+        if (piece(j) < kPieces) held[j] = __ldcg(old + piece(j));
 #pragma unroll
-      for (int j = 0; j < kPer; ++j) {
-        if (piece(j) >= Z::kInner / 8) break;
-        uint2 got[kRanks][2];
-        bool all;
+      for (int first = 0; first < kPer; first += kAtOnce) {
+        uint4 got[kAtOnce][kRanks];
+        unsigned missing;
         do {
-          all = true;
+          missing = 0;
 #pragma unroll
-          for (int source = 0; source < kRanks; ++source)
+          for (int j = 0; j < kAtOnce; ++j)
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const uint4 w = look_at_words(words + source * Z::kInner + piece(j) * 8 + h * 4);
-              got[source][h].x = __byte_perm(w.x, w.y, 0x5410);
-              got[source][h].y = __byte_perm(w.z, w.w, 0x5410);
-              all = all && __byte_perm(w.x, w.y, 0x7632) == flag &&
-                    __byte_perm(w.z, w.w, 0x7632) == flag;
+            for (int source = 0; source < kRanks; ++source)
+              if (piece(first + j) < kPieces)
+                got[j][source] = look_at_words(from + source * kPieces + piece(first + j));
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+            for (int source = 0; source < kRanks; ++source)
+              if (piece(first + j) < kPieces) missing |= zeros(got[j][source]);
+        } while (missing && !patience.ends());
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (piece(first + j) >= kPieces) break;
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            float2 total = {0.f, 0.f};
+#pragma unroll
+            for (int source = 0; source < kRanks; ++source) {
+              const float2 f = __half22float2(reinterpret_cast<const half2*>(&got[j][source])[e]);
+              total.x += f.x, total.y += f.y;
             }
-        } while (!all && !patience.ends());
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float2 total = {0.f, 0.f};
-#pragma unroll
-          for (int source = 0; source < kRanks; ++source) {
-            const uint2& four = got[source][e / 2];
-            const float2 f =
-                __half22float2(*reinterpret_cast<const half2*>(e % 2 ? &four.y : &four.x));
-            total.x += f.x, total.y += f.y;
+            half2& to = reinterpret_cast<half2*>(&held[first + j])[e];
+            to = __hadd2(to, __floats2half2_rn(total.x, total.y));
           }
-          half2& to = reinterpret_cast<half2*>(&held[j])[e];
-          to = __hadd2(to, __floats2half2_rn(total.x, total.y));
         }
       }
+      uint4* const last =
+          const_cast<uint4*>(from) + (last_place - exchange.place) * kRanks * kPieces;
+#pragma unroll
+      for (int j = 0; j < kPer; ++j)
+        if (piece(j) < kPieces && mine(j))
+#pragma unroll
+          for (int source = 0; source < kRanks; ++source)
+            last[source * kPieces + piece(j)] = make_uint4(0, 0, 0, 0);
     }
+  }
+
+  // Not 0 if one of eight halves is 0.
+  static __device__ __forceinline__ unsigned zeros(uint4 v) {
+    auto of = [](unsigned word) { return (word - 0x00010001u) & ~word; };
+    return (of(v.x) | of(v.y) | of(v.z) | of(v.w)) & 0x80008000u;
   }
 };
 

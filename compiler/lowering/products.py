@@ -140,7 +140,7 @@ def lower_add_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) 
 
 def lower_send_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     """A four-bit product of one token whose result goes to all ranks, as a summand."""
-    *operands, count, first = args
+    *operands, first = args
     product = one_token_product(operands[1], operands[2], gated=False)
     kernel = k.kernel(
         gemv_mma.send_gemv_mma,
@@ -149,7 +149,6 @@ def lower_send_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> r
         group=product.group,
         tuned=gemv_mma.plan(product, clusters=True),
         ranks=shape_of(operands[3])[0] - 1,
-        count=value_of(count),
         first_word=value_of(first),
     )
     return relax.call_tir(kernel, operands, call.ty)
@@ -157,14 +156,13 @@ def lower_send_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> r
 
 def lower_sum_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     """As `lower_add_norm_linear`, of the sum over ranks of what `lower_send_linear` sends."""
-    *operands, eps, count, first = args
+    *operands, eps, first = args
     _, _, packed, scale, _, x, peers = operands[:7]
     kernel = k.kernel(
         gemv_mma.sum_norm_gemv_mma,
         **_normed_shapes(call, packed, scale),
         eps=value_of(eps),
         ranks=shape_of(peers)[0] - 1,
-        count=value_of(count),
         first_word=value_of(first),
         sent_features=shape_of(x)[1],
     )
