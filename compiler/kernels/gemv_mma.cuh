@@ -286,7 +286,7 @@ struct Staged {
     sum += __shfl_xor_sync(~0u, sum, 2);
     const int group = e / 4, c = e % 4;
     if (c == 0) {
-      const float one = top / kMost;
+      const float one = top * (1.f / kMost);
       factors()[group] = one / 16.f;
       offsets()[group] = one * -7.f * (float)((int)sum - 32 * 32768);
     }
