@@ -79,10 +79,10 @@ def fuse_norm(mod: tvm.IRModule, peer: PeerState | None) -> tvm.IRModule:
 
     `shardwright.add_norm_q4_linear(x, y, norm, packed, scale, eps) -> (x + y, product)`, or
     `add_norm_q4_gated_linear`. With several ranks, `send_q4_linear(x, packed, scale, peers, rank,
-    place, first) -> done [1]` and `sum_norm_q4_linear(residual, norm, packed, scale, done, x, peers,
-    rank, place, last_place, eps, first)`, or gated. `done` and `x`, what the product in front
-    multiplies, are not read: the one keeps the order of the two, the other its memory from being
-    used anew, since the second kernel begins while the first still runs. `place` is one of
+    place, first) -> done [1]` and `sum_norm_q4_linear(residual, norm, packed, scale, done, x,
+    peers, rank, place, last_place, eps, first)`, or gated. `done` and `x`, what the product in
+    front multiplies, are not read: the one keeps the order of the two, the other its memory from
+    being used anew, since the second kernel begins while the first still runs. `place` is one of
     `peer.SUM_PLACES`, `last_place` that of the sum before; `first` is `PeerState.sums_at`.
     """
     functions = dict(mod.functions_items())

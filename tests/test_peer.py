@@ -101,10 +101,10 @@ def test_logits_are_gathered_over_peer_memory(ranks, local, vocab):
     before = decode_logits(ranks, local, vocab)
     state = peer_state(before, ranks, 16)
     assert state == PeerState(ranks=ranks, rows=3, features=8, logits=local)
-    # Two halves of sums, then a logit and a flag for each of a row's, then two sums of a row.
+    # Two halves of sums, then a logit and a flag for each of a row's, then six sums of a row.
     words = 2 * ranks * 3 * 8 + 2 * ranks * 3 * local
     assert state.sums_at == words
-    words += 2 * ranks * 8
+    words += 6 * ranks * 8 // 2
     assert state.tensors["peer_buffer"] == ((words,), "uint32")
     after = add_peer_functions(before, state)
     tvm.ir.assert_structural_equal(after["decode_3"], before["decode_3"])

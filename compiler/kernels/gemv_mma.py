@@ -517,9 +517,10 @@ def sum_norm_gemv_mma(
     """As `add_norm_gemv_mma`, with what `send_gemv_mma` has sent on all ranks in place of y.
 
     `(residual, norm, packed, scale, done, x, peers, rank, place, last_place i64) -> (sum, out)`,
-    arguments as for those two; `last_place` is that of the sum before, which is cleared for its next
-    use, behind at least two others. `x` [1,sent_features] is that of `send_gemv_mma`, which may still read it
-    while this kernel runs: it is not read here, but its memory must not be that of a result.
+    arguments as for those two; `last_place` is that of the sum before, which is cleared for its
+    next use, behind at least two others. `x` [1,sent_features] is that of `send_gemv_mma`, which
+    may still read it while this kernel runs: it is not read here, but its memory must not be that
+    of a result.
     Summands are added in rank order, so that all ranks get the same bits.
     """
     k, product = in_features, Product(1, out_features, in_features, group, gated)
