@@ -239,8 +239,13 @@ DECODE = [
     (6, 2, 48, 16, [170, -1, 15, 16], dict(append="apart", rotary=32, sinks=True)),
     (9, 1, 128, 64, [603], {}),  # of so many blocks that their shares are joined
     (2, 1, 256, 16, [40, 20], dict(append="joined")),
+    # So short that blocks share the query heads: 4, 4 and 1 of them, and 6 and 6.
+    (9, 1, 128, 64, [40], {}),
+    (12, 1, 48, 16, [40], dict(append="joined", sinks=True)),
+    (12, 1, 48, 16, [140], dict(append="joined", sinks=True)),
+    (4, 1, 16, 64, [801], dict(append="joined")),  # the ring is used again, with several loaders
 ]
-NUMBERS = [0, 0, 0, 1, 2, 3, 4, 5, 6, 7]
+NUMBERS = [0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 6, 8, 8, 9]
 
 
 class DecodeArgs(ctypes.Structure):

@@ -72,10 +72,10 @@ def test_decode_attention_on_cuda(append, heads, kv_heads, head_dim):
         tokens=2, kv_heads=kv_heads, group=heads // kv_heads, head_dim=head_dim
     )
     assert sizes[:5] == ["2", str(heads), str(kv_heads), str(head_dim), "16"]
-    numbers = plan.parts, plan.warps, plan.stages, plan.few, plan.splits, plan.blocks
-    assert sizes[5:11] == [str(x) for x in numbers]
+    numbers = plan.parts, plan.warps, plan.stages, plan.ahead, plan.few, plan.splits, plan.blocks
+    assert sizes[5:12] == [str(x) for x in numbers]
     flags = [{True: "true", False: "false"}[x] for x in (append != "", append == "joined")]
-    assert sizes[11:] == [*flags, str(head_dim // 2), "5", "false", "false"]
+    assert sizes[12:] == [*flags, str(head_dim // 2), "5", "false", "false"]
     # It may start before the kernel in front has ended.
     assert "shardwright_launch_dependents();" in text
 
@@ -137,6 +137,7 @@ def test_decode_plans(group, head_dim, arch):
             assert plan.shared(group, head_dim) <= (227 if arch == 90 else 98) * 1024
             # As the kernel asserts.
             assert plan.stages % plan.warps == 0
+            assert plan.warps <= plan.ahead <= plan.stages
             items = tokens * kv_heads * plan.parts
             assert plan.splits == 1 or items <= attention_cuda.MAX_COUNTERS
             assert 0 < plan.splits <= 64

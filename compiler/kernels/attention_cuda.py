@@ -21,7 +21,7 @@ from .q4_gemm import image_rows, image_source
 MULTIPROCESSORS = 132
 """Of the GPU that the plans are made for; others are served as well."""
 
-MAX_COUNTERS = 65536
+MAX_COUNTERS = 4096
 """Of `decode_attention.cuh`: items whose context can be cut."""
 
 
@@ -56,7 +56,8 @@ def prefill_supported(*, arch: int, **sizes: Any) -> bool:
 class DecodePlan:
     """`parts` items share the query heads of a kv head of a token.
 
-    A block has `warps` warps that compute and shared memory for `stages` chunks of 16 positions.
+    A block has `warps` warps that compute and shared memory for `stages` chunks of 16 positions, of
+    which at most `ahead` are on their way at a time.
     An item's context is cut among at most `splits` blocks, while it is short among so many that
     each takes about `few` chunks; about `blocks` fill the GPU.
     """
@@ -64,17 +65,20 @@ class DecodePlan:
     parts: int
     warps: int
     stages: int
+    ahead: int
     few: int
     splits: int
     blocks: int
 
+    @property
+    def threads(self) -> int:
+        """Of a block, as `DecodeSizes` of `decode_attention.cuh`: with the warps that copy."""
+        return 32 * (self.warps + (4 if self.warps == 8 else 1))
+
     def shared(self, group: int, head_dim: int) -> int:
         """Bytes of shared memory of a block, as `DecodeSizes` of `decode_attention.cuh`."""
         queries = -(-group // self.parts)
-        ring = self.stages * 32 * head_dim
-        heads = (queries + 2) * (head_dim + 8)
-        sums = queries * max(self.warps * head_dim, self.splits)
-        return 2 * (ring + heads) + 4 * sums
+        return 2 * (self.stages * 32 * head_dim + (queries + 2) * (head_dim + 8))
 
 
 def decode_plan(
@@ -86,23 +90,31 @@ def decode_plan(
     those measured on an H200.
     """
     limit = (220 if _much_shared(arch) else 98) * 1024  # of shared memory
+    alone = tokens == 1
     parts = -(-group // 16)  # two sums of 8 query heads fit into a warp's registers
+    if alone and head_dim >= 128:  # one is faster, although the L2 cache is read more often
+        parts = -(-group // 8)
     while True:
         items = tokens * kv_heads * parts
+        many = -(-group // parts) > 8
         if items > MULTIPROCESSORS:  # small blocks, several to a multiprocessor
             warps, ring, blocks, splits = 2, 48, 4 * MULTIPROCESSORS, 2
         elif items > 33:
             warps, ring, blocks = 4, 64, 2 * MULTIPROCESSORS
             splits = blocks // items
         else:
-            warps, ring, blocks = 8, 128, MULTIPROCESSORS
-            splits = min(64, (1 if tokens == 1 else 2) * blocks // items)
+            warps = 4 if many and head_dim > 128 else 8  # as there are registers for the sums
+            ring, blocks = 200 if alone and not many else 144, MULTIPROCESSORS
+            splits = min(64, (1 if alone else 2) * blocks // items)
         if items > MAX_COUNTERS:
             splits = 1
         while warps > 1:
-            bytes_of_ring = min(ring * 1024, limit * 2 // 3)
-            stages = max(1, min(32, bytes_of_ring // (64 * head_dim)) // warps) * warps
-            plan = DecodePlan(parts, warps, stages, 4, splits, blocks)
+            bytes_of_ring = min(ring * 1024, limit - 16 * 1024)
+            stages = max(1, bytes_of_ring // (64 * head_dim) // warps) * warps
+            ahead = stages
+            if alone and warps == 8:  # some 50 KB under way to each block keep the memory busy
+                ahead = min(stages, max(8, 896 // head_dim))
+            plan = DecodePlan(parts, warps, stages, ahead, 4, splits, blocks)
             if plan.shared(group, head_dim) <= limit:
                 return plan
             warps //= 2
@@ -154,7 +166,7 @@ def decode_attention(
     sums_shape, stats_shape = decode_scratch(plan, tokens, heads, kv_heads, head_dim)
     flag = {True: "true", False: "false"}
     numbers = [tokens, heads, kv_heads, head_dim, page_size, plan.parts, plan.warps, plan.stages]
-    numbers += [plan.few, plan.splits, plan.blocks]
+    numbers += [plan.ahead, plan.few, plan.splits, plan.blocks]
     sizes = [*map(str, numbers), flag[append != ""], flag[append == "joined"], str(turned)]
     sizes += [str(window), flag[softcap > 0], flag[sinks]]
     name = f"shardwright::decode_attention<shardwright::DecodeSizes<{', '.join(sizes)}>>"
@@ -166,7 +178,7 @@ def decode_attention(
     def body(q, k, v, table, k_pages, v_pages, page_table, rows, positions, sink_values, layer, out,
              sums, stats):  # fmt: skip
         for block in T.thread_binding(blocks, thread="blockIdx.x"):
-            for tid in T.thread_binding((plan.warps + 1) * 32, thread="threadIdx.x"):
+            for tid in T.thread_binding(plan.threads, thread="threadIdx.x"):
                 launch_dependents(target)
                 decode_shared = T.alloc_buffer((shared,), "uint8", scope="shared.dyn")
                 T.evaluate(

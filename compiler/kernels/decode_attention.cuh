@@ -4,25 +4,26 @@
 // that token as well. Included once in a module, whatever it is instantiated for; after ptx.cuh.
 //
 // An item is a kv head of a token, or a part of its query heads. A chunk is 16 positions of an item:
-// keys and values, each in one piece of the cache. One warp of a block, the loader, copies the chunks
-// that are the block's into a ring in shared memory, far ahead of the others, which take them in
-// turn. So the memory stays busy whatever the others wait for. They work on tensor cores: scores^T =
-// K q^T, then sum^T += V^T p^T, by mma m16n8k16. Positions and the head dimension fill the 16 rows,
+// keys and values, each in one piece of the cache. Some warps of a block, the loaders, copy the
+// chunks that are the block's into a ring in shared memory, far ahead of the others, which take them
+// in turn. So the memory stays busy whatever the others wait for. They work on tensor cores: scores^T
+// = K q^T, then sum^T += V^T p^T, by mma m16n8k16. Positions and the head dimension fill the 16 rows,
 // and up to 8 query heads each 8 columns. Which elements a product takes together is free, as long
 // as both operands agree, so operands are read 16 bytes at a time.
 //
-// An item's chunks are dealt to as many blocks as its share of all contexts asks for; the other
-// blocks leave at once. The last block of an item to finish joins their sums, always in the same
-// order.
+// An item's chunks are dealt to as many blocks as its share of all contexts asks for. While contexts
+// are so short that blocks are left over, the query heads are dealt to those as well. The other
+// blocks leave at once. The last block to finish, of those with the same heads, joins their sums,
+// always in the same order.
 
 namespace shardwright {
 
 constexpr float kLowest = -1e30f;  // finite, so that the difference of two of them is 0
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kChunk = 16;
-constexpr int kCounters = 65536;
+constexpr int kCounters = 65536, kSlices = 16;
 
-// Blocks of an item that have finished. The last one sets it back to 0.
+// Blocks of the same heads that have finished. The last one sets it back to 0.
 static __device__ unsigned decode_finished[kCounters];
 
 template <int N>
@@ -147,26 +148,31 @@ struct Quad {
 };
 
 // Sizes of an instance. `Parts` items share the query heads of a kv head. A block has `Warps` warps
-// and the loader, and room for `Stages` chunks. At most `Splits` blocks share an item, as many as have
-// about `Few` chunks or more; about `Blocks` fill the GPU. With `Append`, `Rotary` elements of each
-// head are turned, and with `Joined` queries, keys and values lie in one matrix. `Window` is 0 for
-// none.
+// and a loader, or 4 loaders for 8 warps, and room for `Stages` chunks, of which at most `Ahead` are
+// under way at a time. At most `Splits` blocks share an item, as many as have about `Few` chunks or
+// more; about `Blocks` fill the GPU. With `Append`, `Rotary` elements of each head are turned, and
+// with `Joined` queries, keys and values lie in one matrix. `Window` is 0 for none.
 template <int Tokens, int Heads, int KvHeads, int HeadDim, int Page, int Parts, int Warps,
-          int Stages, int Few, int Splits, int Blocks, bool Append, bool Joined, int Rotary,
-          int Window, bool Capped, bool Sinks>
+          int Stages, int Ahead, int Few, int Splits, int Blocks, bool Append, bool Joined,
+          int Rotary, int Window, bool Capped, bool Sinks>
 struct DecodeSizes {
   static constexpr int N = Tokens, H = Heads, K = KvHeads, D = HeadDim, PAGE = Page, P = Parts,
-                       W = Warps, STAGES = Stages, FEW = Few, S = Splits, BLOCKS = Blocks,
-                       R = Rotary, WINDOW = Window;
+                       W = Warps, STAGES = Stages, AHEAD = Ahead, FEW = Few, S = Splits,
+                       BLOCKS = Blocks, R = Rotary, WINDOW = Window;
   static constexpr bool APPEND = Append, JOINED = Joined, CAPPED = Capped, SINKS = Sinks;
   static constexpr int GROUP = H / K, Q = (GROUP + P - 1) / P, NT = (Q + 7) / 8;
-  static constexpr int THREADS = W * 32 + 32;
-  // In shared memory, in halves: a chunk, a head, and where the heads and the staged sums begin.
+  // Loaders, and how many chunks each of them copies at a time.
+  static constexpr int LOADERS = W == 8 ? 4 : 1, LOADS = W / LOADERS;
+  static constexpr int THREADS = (W + LOADERS) * 32;
+  // In shared memory, in halves: a chunk, a head, and where the heads begin.
   static constexpr int STAGE = 2 * kChunk * D, LINE = D + 8;  // so that reads meet no bank twice
-  static constexpr int HEADS = STAGES * STAGE, SUMS = HEADS + (Q + 2) * LINE;
-  static constexpr int SHARED = 2 * SUMS + 4 * Q * (W * D > S ? W * D : S);  // in bytes
+  static constexpr int HEADS = STAGES * STAGE;
+  static constexpr int SHARED = 2 * HEADS + 2 * (Q + 2) * LINE;  // in bytes
+  // In the end a warp's sums take the place of a chunk of its own; then shares take the first places.
+  static_assert(2 * Q * D <= STAGE && 2 * S * Q <= HEADS, "the ring has room for them");
   // So a place in the ring is always the same warp's, which therefore sees each of its phases end.
   static_assert(STAGES % W == 0, "warps take the places of the ring in turn");
+  static_assert(W <= AHEAD && AHEAD <= STAGES, "loaders copy W chunks at a time");
   static_assert(!APPEND || R % 4 == 0, "pairs are turned two at a time");
 };
 
@@ -189,6 +195,7 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
   constexpr int D = Z::D, NT = Z::NT, W = Z::W, FEW = Z::FEW, Q = Z::Q, PAGE = Z::PAGE;
   constexpr int WORDS_K = D / 8, WORDS_V = D / 16, KP = Z::K * Z::P, STAGES = Z::STAGES;
   constexpr int LINE = Z::LINE, THREADS = W * 32;
+  constexpr int LEAST_HEADS = D > 128 ? 2 : 4;  // with fewer a block is hardly faster
   constexpr bool QUERY_HELD = NT * D <= 256;
   // Where each line of a chunk begins at the same bank of shared memory.
   constexpr bool IN_TURN = D % 64 == 0, VALUES_IN_TURN = D % 128 == 0;
@@ -197,8 +204,9 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
   __shared__ float2 joint[W][NT * 8];
   __shared__ bool is_last;
   half* const ring = static_cast<half*>(shared);
-  half* const heads = ring + Z::HEADS;  // queries; with APPEND the key and the value
-  float* const staged = reinterpret_cast<float*>(ring + Z::SUMS);
+  half* const heads = ring + Z::HEADS;  // with APPEND the key and the value, then queries
+  constexpr int NEW = Z::APPEND ? 2 : 0;
+  float* const staged = static_cast<float*>(shared);
   const int warp = __shfl_sync(~0u, tid / 32, 0), lane = tid % 32, g = lane / 4, c = lane % 4;
 
   auto begin_of = [](int length) { return Z::WINDOW > 0 ? max(0, length - Z::WINDOW) : 0; };
@@ -209,17 +217,19 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
   // read ahead of the kernels before, since the first of a step is launched after all of the last
   // one's have ended. Most often token t's row is t and each lane's chunk the one guessed here, which
   // saves waiting for loads one after the other.
-  const int split = block / (Z::N * KP), item = block % (Z::N * KP);
+  const int number = block / (Z::N * KP), item = block % (Z::N * KP);
   const int t = item / KP, kv_head = item % KP / Z::P, part = item % Z::P;
   const int length = a.positions[t] + 1;
   int all = 0;  // chunks of all tokens
   if constexpr (Z::N > 1)
     for (int i = lane; i < Z::N; i += 32) all += chunks_of(a.positions[i] + 1);
-  const int guess = min((lane * Z::S + split) * kChunk / PAGE, a.max_pages - 1);
-  int row = 0, page = 0;
-  if (warp == W) {
+  const int guess = min((lane * Z::S + number) * kChunk / PAGE, a.max_pages - 1);
+  int row = 0, near = 0, page = 0;
+  if (warp >= W) {
     row = a.rows[t];
-    page = a.page_table[(int64_t)min(t, a.table_rows - 1) * a.max_pages + guess];
+    const int* const pages = a.page_table + (int64_t)min(t, a.table_rows - 1) * a.max_pages;
+    near = pages[min(lane, a.max_pages - 1)];
+    page = pages[guess];
   } else if (lane == 0) {
 #pragma unroll
     for (int i = 0; i < STAGES; i += W) {  // its places in the ring
@@ -236,24 +246,39 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
     for (int mask = 1; mask < 32; mask *= 2) all += __shfl_xor_sync(~0u, all, mask);
     share = max(FEW, (all * KP + Z::BLOCKS - 1) / Z::BLOCKS);
   }
-  const int most = (int)(1.5f * sqrtf(chunks));  // joining more sums would take longer
-  const int blocks = min(min(Z::S, most), max(1, (chunks + share / 2) / share));
-  if (split >= blocks) {
+  if (chunks == 0) {  // an inactive token
     wait_for_inputs();
-    if (chunks == 0 && split == 0 && part == 0)  // an inactive token
+    if (number == 0 && part == 0)
       for (int i = tid; i < Z::GROUP * D; i += Z::THREADS)
         a.out[((int64_t)t * Z::H + kv_head * Z::GROUP) * D + i] = __float2half(0.f);
+    return;
+  }
+  const int most = (int)(1.5f * sqrtf(chunks));  // joining more sums would take longer
+  const int blocks = min(min(Z::S, most), max(1, (chunks + share / 2) / share));
+  int split = number, slice = 0, before = part * Q, queries = min(Q, Z::GROUP - before);
+  if constexpr (Z::N == 1 && Q > LEAST_HEADS)
+    if (2 * blocks <= Z::S) {  // blocks are left over: they share the query heads
+      const int slices = Z::S / blocks, each = max(LEAST_HEADS, (Q + slices - 1) / slices);
+      slice = number / blocks, split = number % blocks;
+      before += slice * each;
+      queries = min(queries - slice * each, each);
+    }
+  if (split >= blocks || queries <= 0) {
+    wait_for_inputs();
     return;
   }
   const int count = (chunks - split + blocks - 1) / blocks;  // of this block's chunks
   auto chunk_of = [&](int i) { return i * blocks + split; };  // the block's i-th of the item
 
-  if (warp == W) {  // the loader
+  if (warp >= W) {  // a loader
     if (!Z::APPEND) wait_for_inputs();
-    // Each lane copies a chunk, as many lanes at a time as there are warps to take them.
+    // Each lane copies a chunk, as many lanes at a time as there are warps to take them. Lanes of a
+    // warp would issue their copies one after the other, so several warps share them.
     const int* const pages = a.page_table + (int64_t)row * a.max_pages;
     auto index_of = [&](int i) { return (chunk0 + chunk_of(min(i, count - 1))) * kChunk / PAGE; };
-    if (lane < count && (row != t || index_of(lane) != guess)) page = pages[index_of(lane)];
+    const int index = index_of(lane), found = __shfl_sync(~0u, near, index % 32);
+    if (row == t && index < 32) page = found;
+    else if (row != t || index != guess) page = pages[index];
     for (int i0 = 0; i0 < count; i0 += 32) {
       const int i = i0 + lane, stage = i % STAGES, now = page, some = min(32, count - i0);
       if (i0 + 32 < count) page = pages[index_of(i + 32)];
@@ -261,9 +286,13 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
                            (chunk0 + chunk_of(i)) * kChunk % PAGE;
       half* const keys = ring + stage * Z::STAGE;
       for (int first = 0; first < some; first += W) {
-        const bool mine = lane >= first && lane < min(some, first + W);
+        const int from = first + (warp - W) * Z::LOADS;
+        const bool mine = lane >= from && lane < min(some, from + Z::LOADS);
         if (mine) {
           if (i >= STAGES) phase_wait(emptied + stage, (i / STAGES - 1) % 2);
+          // With many copies under way all other reads would take longer too.
+          if (Z::AHEAD < STAGES && i >= Z::AHEAD)
+            phase_wait(filled + (i - Z::AHEAD) % STAGES, (i - Z::AHEAD) / STAGES % 2);
           page_of[stage] = now;
         }
         __syncwarp();
@@ -278,8 +307,7 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
   }
 
   wait_for_inputs();
-  const int queries = min(Q, Z::GROUP - part * Q);  // of this item
-  const int head0 = kv_head * Z::GROUP + part * Q;
+  const int head0 = kv_head * Z::GROUP + before;
   half* const out = a.out + ((int64_t)t * Z::H + head0) * D;
   constexpr int LONG = (Z::H + 2 * Z::K) * D;  // of a token's queries, keys and values
   const half* const q = a.q + (int64_t)t * (Z::JOINED ? LONG : Z::H * D) + head0 * D;
@@ -295,11 +323,11 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
 #pragma unroll
         for (int n = 0; n < AT_ONCE; ++n) {
           const int i = first + n * THREADS, head = i / (D / 4), j = i % (D / 4) * 2;
-          if (head < queries + 2) f(quads[n], head, j, head <= queries && j < Z::R / 2);
+          if (head < queries + 2) f(quads[n], head, j, head != 1 && j < Z::R / 2);
         }
       };
       each([&](Quad<Z::R>& quad, int head, int j, bool turned) {
-        const half* const from = head < queries ? q + head * D : head == queries ? key : value;
+        const half* const from = head > 1 ? q + (head - 2) * D : head == 0 ? key : value;
         if (turned) quad.load_pairs(from, table, j);
         else quad.load(from, 2 * j);
       });
@@ -316,7 +344,7 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
   meet(1, THREADS);
   unsigned query[QUERY_HELD ? NT : 1][WORDS_K];
   auto take_query = [&](auto words, unsigned* to, int n, int d) {
-    copy_words<words.value>(to, heads + min(n * 8 + g, queries - 1) * LINE + d +
+    copy_words<words.value>(to, heads + (NEW + min(n * 8 + g, queries - 1)) * LINE + d +
                                     c * 2 * words.value);
   };
   if constexpr (QUERY_HELD)
@@ -328,149 +356,156 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
 #pragma unroll
   for (int n = 0; n < NT; ++n) high[n][0] = high[n][1] = kLowest;
 
-  for (int i = warp; i < count; i += W) {
-    const int stage = i % STAGES, chunk = chunk_of(i);
-    const int position = (chunk0 + chunk) * kChunk;
-    half* const keys = ring + stage * Z::STAGE;
-    half* const values = keys + kChunk * D;
-    phase_wait(filled + stage, i / STAGES % 2);
-    const int slot = length - 1 - position;  // of the newest token
-    if (slot < kChunk) {
-      if constexpr (Z::APPEND) {  // into this chunk and, once, into the cache
-        const unsigned* const key = reinterpret_cast<unsigned*>(heads + queries * LINE);
-        const unsigned* const value = key + LINE / 2;
-        const int64_t line = ((a.layer * a.pages + page_of[stage]) * Z::K + kv_head) * PAGE +
-                             (length - 1) % PAGE;
-        for (int j = lane; j < D / 2; j += 32) {
-          reinterpret_cast<unsigned*>(keys + slot * D)[j] = key[j];
-          reinterpret_cast<unsigned*>(values + slot * D)[j] = value[j];
-          if (part == 0) {
-            reinterpret_cast<unsigned*>(a.k_pages + line * D)[j] = key[j];
-            reinterpret_cast<unsigned*>(a.v_pages + line * D)[j] = value[j];
+  const float scale = (Z::CAPPED ? a.softcap : a.scale) * kLog2e;
+  const float before_cap = Z::CAPPED ? a.scale / a.softcap : 0.f;
+  auto take_chunks = [&](auto tiles) {  // of 8 query heads
+    constexpr int NT = tiles.value;
+    for (int i = warp; i < count; i += W) {
+      const int stage = i % STAGES, chunk = chunk_of(i);
+      const int position = (chunk0 + chunk) * kChunk;
+      half* const keys = ring + stage * Z::STAGE;
+      half* const values = keys + kChunk * D;
+      phase_wait(filled + stage, i / STAGES % 2);
+      const int slot = length - 1 - position;  // of the newest token
+      if (slot < kChunk) {
+        if constexpr (Z::APPEND) {  // into this chunk and, once, into the cache
+          const unsigned* const key = reinterpret_cast<unsigned*>(heads);
+          const unsigned* const value = key + LINE / 2;
+          const int64_t line = ((a.layer * a.pages + page_of[stage]) * Z::K + kv_head) * PAGE +
+                               (length - 1) % PAGE;
+          for (int j = lane; j < D / 2; j += 32) {
+            reinterpret_cast<unsigned*>(keys + slot * D)[j] = key[j];
+            reinterpret_cast<unsigned*>(values + slot * D)[j] = value[j];
+            if (before == 0) {
+              reinterpret_cast<unsigned*>(a.k_pages + line * D)[j] = key[j];
+              reinterpret_cast<unsigned*>(a.v_pages + line * D)[j] = value[j];
+            }
           }
         }
+        for (int j = lane; j < (kChunk - 1 - slot) * (D / 8); j += 32)  // no numbers yet
+          *reinterpret_cast<uint4*>(values + (slot + 1 + j / (D / 8)) * D +
+                                    j % (D / 8) * 8) = uint4{0, 0, 0, 0};
+        __syncwarp();  // no copy comes to this place of the ring any more
       }
-      for (int j = lane; j < (kChunk - 1 - slot) * (D / 8); j += 32)  // no numbers yet
-        *reinterpret_cast<uint4*>(values + (slot + 1 + j / (D / 8)) * D +
-                                  j % (D / 8) * 8) = uint4{0, 0, 0, 0};
-      __syncwarp();  // no copy comes to this place of the ring any more
-    }
-    float score[NT][4] = {}, more[NT][4] = {};  // two sums, which do not wait for each other
-    auto multiply = [&](auto words, int word, int d, const unsigned* key, const unsigned* below) {
+      float score[NT][4] = {}, more[NT][4] = {};  // two sums, which do not wait for each other
+      auto multiply = [&](auto words, int word, int d, const unsigned* key, const unsigned* below) {
 #pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        unsigned now[words.value];
-        if constexpr (!QUERY_HELD) take_query(words, now, n, d);
-        const unsigned* const of = QUERY_HELD ? &query[n][word] : now;
+        for (int n = 0; n < NT; ++n) {
+          unsigned now[words.value];
+          if constexpr (!QUERY_HELD) take_query(words, now, n, d);
+          const unsigned* const of = QUERY_HELD ? &query[n][word] : now;
 #pragma unroll
-        for (int w = 0; w < words.value; w += 2)
-          mma_16n8k16(w == 0 ? score[n] : more[n], key[w], below[w], key[w + 1], below[w + 1], of[w],
-                      of[w + 1]);
+          for (int w = 0; w < words.value; w += 2)
+            mma_16n8k16(w == 0 ? score[n] : more[n], key[w], below[w], key[w + 1], below[w + 1], of[w],
+                        of[w + 1]);
+        }
+      };
+      if constexpr (IN_TURN) {
+#pragma unroll
+        for (int d = 0; d < D; d += 64) {
+          unsigned key[2][2][4];
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            copy_in_turn(key[0][h], key[1][h], keys + (g + 8 * h) * D + d + c * 8, 32, g % 2 != 0);
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            multiply(Int<4>(), d / 8 + i * 4, d + i * 32, key[i][0], key[i][1]);
+        }
+      } else {
+        for_pieces<D, 4>([&](auto words, int word, int d) {
+          unsigned key[2][words.value];
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            copy_words<words.value>(key[h], keys + (g + 8 * h) * D + d + c * 2 * words.value);
+          multiply(words, word, d, key[0], key[1]);
+        });
       }
-    };
-    if constexpr (IN_TURN) {
 #pragma unroll
-      for (int d = 0; d < D; d += 64) {
-        unsigned key[2][2][4];
+      for (int n = 0; n < NT; ++n)
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          copy_in_turn(key[0][h], key[1][h], keys + (g + 8 * h) * D + d + c * 8, 32, g % 2 != 0);
+        for (int e = 0; e < 4; ++e) {
+          const float x = score[n][e] + more[n][e];
+          score[n][e] = Z::CAPPED ? tanh_fast(x * before_cap) * scale : x * scale;
+        }
+      if (position + kChunk > length || position < begin) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          multiply(Int<4>(), d / 8 + i * 4, d + i * 32, key[i][0], key[i][1]);
-      }
-    } else {
-      for_pieces<D, 4>([&](auto words, int word, int d) {
-        unsigned key[2][words.value];
+        for (int h = 0; h < 2; ++h) {
+          const int p = position + g + 8 * h;
+          if (p < length && p >= begin) continue;
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          copy_words<words.value>(key[h], keys + (g + 8 * h) * D + d + c * 2 * words.value);
-        multiply(words, word, d, key[0], key[1]);
-      });
-    }
-#pragma unroll
-    for (int n = 0; n < NT; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float x = (score[n][e] + more[n][e]) * a.scale;
-        score[n][e] = (Z::CAPPED ? tanh_fast(x * (1.f / a.softcap)) * a.softcap : x) * kLog2e;
-      }
-    if (position + kChunk > length || position < begin) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int p = position + g + 8 * h;
-        if (p < length && p >= begin) continue;
-#pragma unroll
-        for (int n = 0; n < NT; ++n) score[n][2 * h] = score[n][2 * h + 1] = -INFINITY;
-      }
-    }
-    unsigned weight[NT][2];
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float& x = score[n][h];
-        float& y = score[n][2 + h];
-        float top = fmaxf(x, y);
-#pragma unroll
-        for (int mask = 4; mask < 32; mask *= 2)
-          top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
-        top = fmaxf(top, high[n][h]);
-        const float rescale = exp2_fast(high[n][h] - top);
-        high[n][h] = top;
-        x = exp2_fast(x - top);
-        y = exp2_fast(y - top);
-        mass[n][h] = mass[n][h] * rescale + x + y;
-#pragma unroll
-        for (int w = 0; w < WORDS_V; ++w) {
-          sum[n][w][h] *= rescale;
-          sum[n][w][2 + h] *= rescale;
+          for (int n = 0; n < NT; ++n) score[n][2 * h] = score[n][2 * h + 1] = -INFINITY;
         }
       }
-      weight[n][0] = transposed_8x8(pack_halves(score[n][0], score[n][1]));
-      weight[n][1] = transposed_8x8(pack_halves(score[n][2], score[n][3]));
-    }
-    auto add = [&](auto words, int word, const auto* value) {
+      unsigned weight[NT][2];
 #pragma unroll
-      for (int w = 0; w < words.value; ++w) {
-        const unsigned a0 = __byte_perm(value[0][w], value[1][w], 0x5410);
-        const unsigned a1 = __byte_perm(value[0][w], value[1][w], 0x7632);
-        const unsigned a2 = __byte_perm(value[2][w], value[3][w], 0x5410);
-        const unsigned a3 = __byte_perm(value[2][w], value[3][w], 0x7632);
+      for (int n = 0; n < NT; ++n) {
 #pragma unroll
-        for (int n = 0; n < NT; ++n)
-          mma_16n8k16(sum[n][word + w], a0, a1, a2, a3, weight[n][0], weight[n][1]);
+        for (int h = 0; h < 2; ++h) {
+          float& x = score[n][h];
+          float& y = score[n][2 + h];
+          float top = fmaxf(x, y);
+#pragma unroll
+          for (int mask = 4; mask < 32; mask *= 2)
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
+          top = fmaxf(top, high[n][h]);
+          const float rescale = exp2_fast(high[n][h] - top);
+          high[n][h] = top;
+          x = exp2_fast(x - top);
+          y = exp2_fast(y - top);
+          mass[n][h] = mass[n][h] * rescale + x + y;
+#pragma unroll
+          for (int w = 0; w < WORDS_V; ++w) {
+            sum[n][w][h] *= rescale;
+            sum[n][w][2 + h] *= rescale;
+          }
+        }
+        weight[n][0] = transposed_8x8(pack_halves(score[n][0], score[n][1]));
+        weight[n][1] = transposed_8x8(pack_halves(score[n][2], score[n][3]));
       }
-    };
-    auto line = [&](int i) { return values + (2 * c + i % 2 + i / 2 * 8) * D; };
-    if constexpr (VALUES_IN_TURN) {
+      auto add = [&](auto words, int word, const auto* value) {
 #pragma unroll
-      for (int d = 0; d < D; d += 128) {
-        unsigned value[2][4][4];
-        const int near = d + g * 8, far = d + 64 + (g ^ 4) * 8;
+        for (int w = 0; w < words.value; ++w) {
+          const unsigned a0 = __byte_perm(value[0][w], value[1][w], 0x5410);
+          const unsigned a1 = __byte_perm(value[0][w], value[1][w], 0x7632);
+          const unsigned a2 = __byte_perm(value[2][w], value[3][w], 0x5410);
+          const unsigned a3 = __byte_perm(value[2][w], value[3][w], 0x7632);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          copy_in_turn(value[0][i], value[1][i], line(i) + near, far - near, c % 2 != 0);
-        add(Int<4>(), d / 16, value[0]);
-        add(Int<4>(), d / 16 + 4, value[1]);
+          for (int n = 0; n < NT; ++n)
+            mma_16n8k16(sum[n][word + w], a0, a1, a2, a3, weight[n][0], weight[n][1]);
+        }
+      };
+      auto line = [&](int i) { return values + (2 * c + i % 2 + i / 2 * 8) * D; };
+      if constexpr (VALUES_IN_TURN) {
+#pragma unroll
+        for (int d = 0; d < D; d += 128) {
+          unsigned value[2][4][4];
+          const int near = d + g * 8, far = d + 64 + (g ^ 4) * 8;
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            copy_in_turn(value[0][i], value[1][i], line(i) + near, far - near, c % 2 != 0);
+          add(Int<4>(), d / 16, value[0]);
+          add(Int<4>(), d / 16 + 4, value[1]);
+        }
+      } else {
+        for_pieces<D, 8>([&](auto words, int word, int d) {
+          unsigned value[4][words.value];
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            copy_words<words.value>(value[i], line(i) + d + g * 2 * words.value);
+          add(words, word, value);
+        });
       }
-    } else {
-      for_pieces<D, 8>([&](auto words, int word, int d) {
-        unsigned value[4][words.value];
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          copy_words<words.value>(value[i], line(i) + d + g * 2 * words.value);
-        add(words, word, value);
-      });
+      __syncwarp();
+      if (lane == 0) phase_arrive(emptied + stage);
     }
-    __syncwarp();
-    if (lane == 0) phase_arrive(emptied + stage);
-  }
+  };
+  if (NT > 1 && queries <= 8) take_chunks(Int<1>());
+  else take_chunks(Int<NT>());
 
   // Join the warps. Elements of a staged sum are permuted, so that stores meet no bank twice.
   const int busy = min(W, count);
   auto place = [&](int w, int head, int d) {
-    return (w * Q + head) * D + (d ^ (head / 2 % 4 * 2));
+    return w * (Z::STAGE / 2) + head * D + (d ^ (head / 2 % 4 * 2));
   };
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
@@ -496,8 +531,9 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
   // Pairs of elements are counted over all query heads.
   constexpr int PAIRS = Q * D / 2;
   const int pairs = queries * (D / 2);
-  float2* const sums = reinterpret_cast<float2*>(a.sums) + (int64_t)item * Z::S * PAIRS;
-  float2* const stats = reinterpret_cast<float2*>(a.stats) + (int64_t)item * Z::S * Q;
+  const int64_t of_slice = (int64_t)item * Z::S + number - split;
+  float2* const sums = reinterpret_cast<float2*>(a.sums) + of_slice * PAIRS;
+  float2* const stats = reinterpret_cast<float2*>(a.stats) + of_slice * Q;
   auto write = [&](int i, Piece& piece) {
     if constexpr (Z::SINKS) {  // a score whose value is 0
       const float sink = a.sinks[head0 + i / (D / 2)] * kLog2e;
@@ -525,10 +561,11 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
 
   meet(1, THREADS);
   if (tid == 0)
-    is_last = count_up(decode_finished + item, blocks - 1) == (unsigned)blocks - 1;
+    is_last = count_up(decode_finished + item * kSlices + slice, blocks - 1) ==
+              (unsigned)blocks - 1;
   meet(1, THREADS);
   if (!is_last) return;
-  if (PAIRS <= THREADS && blocks <= 8) {
+  if (pairs <= THREADS && blocks <= 8) {
     for (int i = tid; i < pairs; i += THREADS) {
       Piece piece;
       piece.add<8>(blocks, [&](int j, float2& value, float2& of) {
