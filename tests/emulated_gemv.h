@@ -37,7 +37,6 @@ template <class T>
 T __ldcg(const T* from) { return *from; }
 inline float __half2float(half v) { return v; }
 inline half __float2half(float v) { return v; }
-inline float fabsf(float x) { return std::fabs(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
@@ -169,6 +168,9 @@ inline void multiply_bytes(int (&c)[4], unsigned w0, unsigned w1, unsigned w2, u
     }
   }
   __syncwarp();
+}
+inline unsigned larger_halves(unsigned x, unsigned y) {
+  return max(x & 0xffff, y & 0xffff) | max(x >> 16, y >> 16) << 16;
 }
 inline unsigned add_halves(unsigned word, unsigned sum) {
   return sum + (word & 0xffff) + (word >> 16);

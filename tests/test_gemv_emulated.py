@@ -142,6 +142,19 @@ def test_product(library, name):
     np.testing.assert_allclose(out, want, atol=3e-3 * np.abs(want).max(), rtol=0)
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_what_is_no_number_stays_none(library, wrong):
+    product, _ = CASES["q4"]
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, product.in_features)).astype(np.float16)
+    x[0, 700] = wrong
+    weight, scale, _ = four_bits(rng, (product.out_features, product.in_features), product.group)
+    out = np.zeros((1, product.outputs), np.float16)
+    arguments = [ctypes.c_void_p(a.ctypes.data) for a in (x, weight, scale, out)]
+    getattr(library, f"case_{list(CASES).index('q4')}")(*arguments)
+    assert not np.isfinite(out).any()
+
+
 def pointers(*values):
     return [v if isinstance(v, int) else ctypes.c_void_p(v.ctypes.data) for v in values]
 

@@ -57,6 +57,11 @@ __device__ __forceinline__ void multiply_bytes(int (&c)[4], unsigned w0, unsigne
       : "r"(w0), "r"(w1), "r"(w2), "r"(w3), "r"(x0), "r"(x1));
 }
 
+// Of both halves of words the larger, without sign.
+__device__ __forceinline__ unsigned larger_halves(unsigned x, unsigned y) {
+  return __vmaxu2(x, y);
+}
+
 // sum plus both halves of a word.
 __device__ __forceinline__ unsigned add_halves(unsigned word, unsigned sum) {
   return __dp2a_lo(word, 0x0101u, sum);
@@ -262,15 +267,19 @@ struct Staged {
   // Elements 8 e to 8 e + 7; by four lanes together, which have a group.
   __device__ __forceinline__ void put(int e, uint4 v) const {
     constexpr float kMost = 32512.f;  // so that the upper byte, rounded, fits as well
-    float f[8], top = 0.f;
+    float f[8];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 pair = __half22float2(reinterpret_cast<const half2*>(&v)[i]);
       f[2 * i] = pair.x, f[2 * i + 1] = pair.y;
-      top = fmaxf(top, fmaxf(fabsf(pair.x), fabsf(pair.y)));
     }
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    // Without signs their bits are in order, infinity and what is no number last.
+    constexpr unsigned kBits = 0x7fff7fff;
+    unsigned most = larger_halves(larger_halves(v.x & kBits, v.y & kBits),
+                                  larger_halves(v.z & kBits, v.w & kBits));
+    most = larger_halves(most, __shfl_xor_sync(~0u, most, 1));
+    most = larger_halves(most, __shfl_xor_sync(~0u, most, 2));
+    const float top = __half2float(__ushort_as_half(max(most & 0xffff, most >> 16)));
     const float by = top > 0.f ? __fdividef(kMost, top) : 0.f;
     // The integers plus 32768 are the last halves of floats from 1.5 * 2^23 on. Words have those of
     // elements 0 and 2, 4 and 6, and of 1 and 3, 5 and 7.
