@@ -321,16 +321,17 @@ struct PlainInput {
 
   __device__ __forceinline__ void before() {}  // what may be read before the kernels in front end
   // A phase's part of x as integers.
-  template <class Z>
-  __device__ __forceinline__ void stage(Staged<Z> staged, int phase, int) const {
-    each<Z>(phase * Z::kPieces, [&](int, int piece, uint4 v) { staged.put(piece, v); });
+  // `arriving()` is called once its first pieces are on their way.
+  template <class Z, class Arriving>
+  __device__ __forceinline__ void stage(Staged<Z> staged, int phase, Arriving arriving) const {
+    each<Z>(phase * Z::kPieces, [&](int, int piece, uint4 v) { staged.put(piece, v); }, arriving);
   }
   // x of several tokens, in order.
   template <class Z>
   __device__ __forceinline__ void bring_ordered(char* shared, int rank) const {
     each<Z>(rank * Z::kPieces, [&](int token, int piece, uint4 v) {
       *reinterpret_cast<uint4*>(shared + Z::kRing + token * Z::kXPitch + piece * 16) = ordered(v);
-    });
+    }, [] {});
   }
   // A phase's part of x as it is, the columns of each step with a barrier of their own. The warps
   // take steps in turn.
@@ -354,8 +355,8 @@ struct PlainInput {
 
  private:
   // put(token, piece, eight elements) for all pieces of a phase, of which `first` is the first.
-  template <class Z, class Put>
-  __device__ __forceinline__ void each(int first, Put put) const {
+  template <class Z, class Put, class Arriving>
+  __device__ __forceinline__ void each(int first, Put put, Arriving arriving) const {
     constexpr int kCount = Z::kBatch * Z::kPieces;
     constexpr int kMost = (kCount + Z::kThreads - 1) / Z::kThreads, kUnroll = kMost < 8 ? kMost : 8;
     // Blocks start at different places: all reading the same bytes at once would be slow.
@@ -371,6 +372,7 @@ struct PlainInput {
         if (base + u * Z::kThreads < kCount && (Z::kWhole || at < Z::kInner / 8))
           pieces[u] = *reinterpret_cast<const uint4*>(x + token * Z::kInner + at * 8);
       }
+      if (base == threadIdx.x) arriving();
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         int i = base + u * Z::kThreads + turn;
@@ -599,7 +601,12 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
     const char* const x = shared + Z::kRing + buffer * Z::kBatch * Z::kXPitch;
     if constexpr (Z::kIntegers) {
       if (phase) __syncthreads();
-      input.stage(integers, phase, rank);
+      // The ring's last place is filled behind the first look at x, which would else come later.
+      input.stage(integers, phase, [&] {
+        if (phase) return;
+        if (Z::kDepth - 1 < items) ahead.issue(rank, split);
+        commit_copies();
+      });
       __syncthreads();
     } else if (phase && phase + 1 < Z::kPhases) {
       __syncthreads();  // the other buffer is read no more
@@ -607,11 +614,15 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
     }
     int step = 0, take = team;
     for (int i = 0; i < of_phase; ++i) {
-      wait_for_copies<Z::kDepth - 2>();
-      // Into the place of the chunk before, which all lanes have read by now.
       const int next = phase * of_phase + i + Z::kDepth - 1;
-      if (next < items) ahead.issue(rank, split);
-      commit_copies();
+      if (Z::kIntegers && next == Z::kDepth - 1) {
+        wait_for_copies<Z::kDepth - 1>();
+      } else {
+        wait_for_copies<Z::kDepth - 2>();
+        // Into the place of the chunk before, which all lanes have read by now.
+        if (next < items) ahead.issue(rank, split);
+        commit_copies();
+      }
       if (next + 1 == items) shardwright::launch_dependents();
       const char* source = ring + slot * Z::kSlot;
       if (++slot == Z::kDepth) slot = 0;

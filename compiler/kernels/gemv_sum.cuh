@@ -84,9 +84,10 @@ struct SumInput {
       if (piece(j) < Z::kInner / 8) weight[j] = reinterpret_cast<const uint4*>(norm)[piece(j)];
   }
 
-  __device__ __forceinline__ void stage(Staged<Z> staged, int, int) {
+  template <class Arriving>
+  __device__ __forceinline__ void stage(Staged<Z> staged, int, Arriving arriving) {
     uint4 held[kPer];
-    add(held);
+    add(held, arriving);
     float squares = 0.f;
 #pragma unroll
     for (int j = 0; j < kPer; ++j) {
@@ -127,7 +128,8 @@ struct SumInput {
   }
 
   // The new residual.
-  __device__ __forceinline__ void add(uint4 (&held)[kPer]) const {
+  template <class Arriving>
+  __device__ __forceinline__ void add(uint4 (&held)[kPer], Arriving arriving) const {
     const uint4* const old = reinterpret_cast<const uint4*>(residual);
     if constexpr (kRanks == 1) {
       uint4 more[kPer];
@@ -137,6 +139,7 @@ struct SumInput {
         held[j] = __ldcg(old + piece(j));
         more[j] = __ldcg(reinterpret_cast<const uint4*>(y) + piece(j));
       }
+      arriving();
 #pragma unroll
       for (int j = 0; j < kPer; ++j)
 #pragma unroll
@@ -188,6 +191,7 @@ struct SumInput {
           }
         }
       }
+      arriving();
       uint4* const last =
           const_cast<uint4*>(from) + (last_place - exchange.place) * kRanks * kPieces;
 #pragma unroll
