@@ -148,6 +148,18 @@ def test_a_single_sequence_fills_the_gpu():
     assert plan.splits * 8 >= 0.9 * attention_cuda.MULTIPROCESSORS
 
 
+@pytest.mark.parametrize(("head_dim", "tokens", "parts"), [(64, 1, 1), (128, 1, 2), (128, 8, 1)])
+def test_large_groups_are_two_parts_where_that_is_faster(head_dim, tokens, parts):
+    plan = attention_cuda.decode_plan(tokens=tokens, kv_heads=8, group=16, head_dim=head_dim)
+    assert plan.parts == parts
+    assert tokens * 8 * plan.parts * plan.splits <= 2 * attention_cuda.MULTIPROCESSORS
+
+
+def test_copies_under_way_are_fewer_than_the_ring_holds():
+    plan = attention_cuda.decode_plan(tokens=1, kv_heads=8, group=4, head_dim=128)
+    assert plan.warps == plan.ahead == 8 and plan.stages == 24
+
+
 def test_attention_refuses_odd_head_dims():
     with pytest.raises(UsageError, match="multiple of 8"):
         attention_gpu.tiling(group=1, head_dim=65, dtype="float16", warp=32)
