@@ -48,6 +48,11 @@ SUMS = {
         (Product(1, 1024, 256, 64), Plan(128, 1, 3, 1, 1)),
         (Product(1, 37, 1024, 64), Plan(256, 1, 2, 2, 1)),
     ),
+    "4 ranks, a piece at a time": (
+        4,
+        (Product(1, 1024, 128, 32), Plan(128, 1, 2, 1, 1)),
+        (Product(1, 20, 1024, 32, True), Plan(128, 1, 2, 1, 1)),
+    ),
 }
 EXCHANGE = "const int64_t* peers, const int* rank, unsigned first, int place, int last_place"
 
