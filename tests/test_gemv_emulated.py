@@ -21,6 +21,7 @@ CASES = {
     "fp16, gated, phases": (Product(3, 22, 520, 0, True), Plan(128, 2, 2, 2, 1, 1, 3)),
     "fp16, tiles in phases": (Product(5, 72, 640), Plan(128, 1, 3, 1, 1, 1, 3)),
     "q4": (Product(1, 37, 1088, 32), Plan(256, 1, 2, 2, 1)),
+    "q4, one token, warps without x": (Product(1, 200, 512, 32), Plan(128, 1, 3, 1, 4)),
     "q4, gated, one token": (Product(1, 44, 1024, 32, True), Plan(128, 1, 3, 2, 2)),
     "q4, group 128, one token, phases": (Product(1, 21, 1536, 128), Plan(128, 1, 2, 2, 1, 1, 2)),
     "q4, gated, 10 tokens": (Product(10, 42, 448, 32, True), Plan(128, 1, 2, 1, 2)),

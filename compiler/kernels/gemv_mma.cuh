@@ -359,6 +359,9 @@ struct PlainInput {
   __device__ __forceinline__ void each(int first, Put put, Arriving arriving) const {
     constexpr int kCount = Z::kBatch * Z::kPieces;
     constexpr int kMost = (kCount + Z::kThreads - 1) / Z::kThreads, kUnroll = kMost < 8 ? kMost : 8;
+    if constexpr (kCount < Z::kThreads) {
+      if (threadIdx.x >= kCount) arriving();  // of whole warps, which have none
+    }
     // Blocks start at different places: all reading the same bytes at once would be slow.
     const int turn = blockIdx.x * 37 % (kCount / 4) * 4;
     for (int base = threadIdx.x; base < kCount; base += Z::kThreads * kUnroll) {
