@@ -12,6 +12,9 @@ shared memory by asynchronous copies, with a barrier for the columns of each ste
 begin with what is there; what does not fit comes in phases, into two buffers in turn. The sums of
 the warps that share rows meet in shared memory and are added in a fixed order. In a cluster of
 blocks each takes a part of the inner dimension, and so of x.
+
+A single token is multiplied with four bits as integers, by `mma.m16n8k32`: x as 16 bits in two
+bytes, to a scale for each 32 elements, and codes as they are.
 """
 
 from __future__ import annotations
