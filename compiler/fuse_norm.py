@@ -144,6 +144,7 @@ def _fuse_all_reduces(func: relax.Function, peer: PeerState) -> relax.Function:
             _, packed, scale = operands_of(sites[number].call)
             x = operands_of(f.values[y])[0]
             tensors = map(rw.local, (residual, norm, packed, scale, y, x, peers, rank))
+            # Before the first sum came the last one of another step.
             both = (relax.prim_value(places[i]) for i in (number, number - 1))
             operands = [*tensors, *both, eps, at]
             return _emit(rw, sites[number], "sum_norm", operands)

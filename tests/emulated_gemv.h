@@ -39,6 +39,12 @@ inline float __half2float(half v) { return v; }
 inline half __float2half(float v) { return v; }
 inline float __fdividef(float x, float y) { return x / y; }
 inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
+inline unsigned __vmaxu2(unsigned x, unsigned y) {
+  return max(x & 0xffff, y & 0xffff) | max(x >> 16, y >> 16) << 16;
+}
+inline unsigned __dp2a_lo(unsigned x, unsigned bytes, unsigned sum) {
+  return sum + (x & 0xffff) * (bytes & 255) + (x >> 16) * (bytes >> 8 & 255);
+}
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const unsigned long long both = (unsigned long long)y << 32 | x;
   unsigned out = 0;
@@ -138,42 +144,31 @@ inline uint4 load_matrices(unsigned row) {
   return {out[0], out[1], out[2], out[3]};
 }
 inline float half_of(unsigned pair, int i) { half h[2]; memcpy(h, &pair, 4); return h[i]; }
-inline void multiply(float (&c)[4], unsigned w0, unsigned w1, unsigned w2, unsigned w3, unsigned x0,
-                     unsigned x1) {
+// Adds to the lane's four sums `term(row, column, k)` for k < `kInner`, of what the warp's lanes hold.
+template <int kInner, class T, class Term>
+void multiply_fragments(T (&c)[4], const unsigned (&w)[4], const unsigned (&x)[2], Term term) {
   const int lane = threadIdx.x % 32;
-  const unsigned w[4] = {w0, w1, w2, w3}, x[2] = {x0, x1};
   memcpy(warp().w[lane], w, 16), memcpy(warp().x[lane], x, 8);
   __syncwarp();
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8, token = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 16; ++k) {
-      const unsigned pw = warp().w[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
-      c[i] += half_of(pw, k % 2) * half_of(warp().x[token * 4 + k % 8 / 2][k / 8], k % 2);
-    }
-  }
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < kInner; ++k)
+      c[i] += term(lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2, k);
   __syncwarp();
+}
+inline void multiply(float (&c)[4], unsigned w0, unsigned w1, unsigned w2, unsigned w3, unsigned x0,
+                     unsigned x1) {
+  multiply_fragments<16>(c, {w0, w1, w2, w3}, {x0, x1}, [](int row, int column, int k) {
+    const unsigned pw = warp().w[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+    return half_of(pw, k % 2) * half_of(warp().x[column * 4 + k % 8 / 2][k / 8], k % 2);
+  });
 }
 inline void multiply_bytes(int (&c)[4], unsigned w0, unsigned w1, unsigned w2, unsigned w3,
                            unsigned x0, unsigned x1) {
-  const int lane = threadIdx.x % 32;
-  const unsigned w[4] = {w0, w1, w2, w3}, x[2] = {x0, x1};
-  memcpy(warp().w[lane], w, 16), memcpy(warp().x[lane], x, 8);
-  __syncwarp();
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 32; ++k) {
-      const int from = k % 16 / 4, shift = k % 4 * 8;
-      const unsigned pw = warp().w[row % 8 * 4 + from][row / 8 + k / 16 * 2] >> shift & 255;
-      c[i] += (int)pw * (signed char)(warp().x[column * 4 + from][k / 16] >> shift);
-    }
-  }
-  __syncwarp();
-}
-inline unsigned larger_halves(unsigned x, unsigned y) {
-  return max(x & 0xffff, y & 0xffff) | max(x >> 16, y >> 16) << 16;
-}
-inline unsigned add_halves(unsigned word, unsigned sum) {
-  return sum + (word & 0xffff) + (word >> 16);
+  multiply_fragments<32>(c, {w0, w1, w2, w3}, {x0, x1}, [](int row, int column, int k) {
+    const int from = k % 16 / 4, shift = k % 4 * 8;
+    const unsigned pw = warp().w[row % 8 * 4 + from][row / 8 + k / 16 * 2] >> shift & 255;
+    return (int)pw * (signed char)(warp().x[column * 4 + from][k / 16] >> shift);
+  });
 }
 template <unsigned kMask>
 unsigned masked(unsigned word) { return (word & kMask) | 0x64006400; }

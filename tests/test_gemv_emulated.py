@@ -65,11 +65,10 @@ def library(tmp_path_factory):
     directory = tmp_path_factory.mktemp("emulated")
     text = Path(gemv_mma.__file__).with_suffix(".cuh").read_text()
     for i, (product, plan) in enumerate(CASES.values()):
-        sizes = f"shardwright_gemv::Sizes<{gemv_mma.sizes(product, plan, BLOCKS)}>"
-        blocks, threads = BLOCKS * plan.cluster, plan.split * plan.teams * 32
+        sizes, grid = grid_of(product, plan)
         text += f"""
 extern "C" void case_{i}(const half* x, const void* w, const half* scale, half* out) {{
-  run_grid({blocks}, {plan.cluster}, {threads}, {shared_of(product, plan)}, [&](char* shared) {{
+  run_grid({grid}, [&](char* shared) {{
     using namespace shardwright_gemv;
     product<{sizes}>(PlainInput{{x}}, w, scale, PlainOutput<half>{{out}}, shared);
   }});
@@ -104,19 +103,28 @@ extern "C" void sum_{i}(const half* residual, const half* y, const half* norm, h
     return ctypes.CDLL(str(directory / "gemv.so"))
 
 
-BLOCKS = 2  # that share the outputs
+BLOCKS = 2  # or clusters of them, that share the outputs
 
 
 def grid_of(product, plan):
     """The sizes of a product, and the grid that computes it."""
     threads = plan.split * plan.teams * 32
     sizes = f"shardwright_gemv::Sizes<{gemv_mma.sizes(product, plan, BLOCKS)}>"
-    return sizes, f"{BLOCKS}, 1, {threads}, {shared_of(product, plan)}"
+    # More than a GPU would give: it has many more blocks.
+    shared = product.shared(plan) + 4 * product.batch * product.out_features * plan.split
+    return sizes, f"{BLOCKS * plan.cluster}, {plan.cluster}, {threads}, {shared}"
 
 
-def shared_of(product, plan):
-    """More than a GPU would give: it has many more blocks."""
-    return product.shared(plan) + 4 * product.batch * product.out_features * plan.split
+def pointers(*values):
+    return [v if isinstance(v, int) else ctypes.c_void_p(v.ctypes.data) for v in values]
+
+
+def multiplied(library, name, x, weight, scale, before):
+    """What the case `name` computes, where `before` was."""
+    product, _plan = CASES[name]
+    out = np.full((product.batch, product.outputs), before, np.float16)
+    getattr(library, f"case_{list(CASES).index(name)}")(*pointers(x, weight, scale, out))
+    return out
 
 
 def four_bits(rng, shape, group):
@@ -142,9 +150,7 @@ def test_product(library, name):
     if product.gated:
         gate, value = np.split(want, 2, axis=1)
         want = gate / (1 + np.exp(-gate)) * value
-    out = np.full(want.shape, np.nan, np.float16)
-    arguments = [ctypes.c_void_p(a.ctypes.data) for a in (x, weight, scale, out)]
-    getattr(library, f"case_{list(CASES).index(name)}")(*arguments)
+    out = multiplied(library, name, x, weight, scale, np.nan)
     np.testing.assert_allclose(out, want, atol=3e-3 * np.abs(want).max(), rtol=0)
 
 
@@ -155,14 +161,7 @@ def test_what_is_no_number_stays_none(library, wrong):
     x = rng.standard_normal((1, product.in_features)).astype(np.float16)
     x[0, 700] = wrong
     weight, scale, _ = four_bits(rng, (product.out_features, product.in_features), product.group)
-    out = np.zeros((1, product.outputs), np.float16)
-    arguments = [ctypes.c_void_p(a.ctypes.data) for a in (x, weight, scale, out)]
-    getattr(library, f"case_{list(CASES).index('q4')}")(*arguments)
-    assert not np.isfinite(out).any()
-
-
-def pointers(*values):
-    return [v if isinstance(v, int) else ctypes.c_void_p(v.ctypes.data) for v in values]
+    assert not np.isfinite(multiplied(library, "q4", x, weight, scale, 0)).any()
 
 
 @pytest.mark.parametrize("name", SUMS)

@@ -57,16 +57,6 @@ __device__ __forceinline__ void multiply_bytes(int (&c)[4], unsigned w0, unsigne
       : "r"(w0), "r"(w1), "r"(w2), "r"(w3), "r"(x0), "r"(x1));
 }
 
-// Of both halves of words the larger, without sign.
-__device__ __forceinline__ unsigned larger_halves(unsigned x, unsigned y) {
-  return __vmaxu2(x, y);
-}
-
-// sum plus both halves of a word.
-__device__ __forceinline__ unsigned add_halves(unsigned word, unsigned sum) {
-  return __dp2a_lo(word, 0x0101u, sum);
-}
-
 // word & mask | 0x64006400, which the compiler would make two instructions of.
 template <unsigned kMask>
 __device__ __forceinline__ unsigned masked(unsigned word) {
@@ -275,10 +265,10 @@ struct Staged {
     }
     // Without signs their bits are in order, infinity and what is no number last.
     constexpr unsigned kBits = 0x7fff7fff;
-    unsigned most = larger_halves(larger_halves(v.x & kBits, v.y & kBits),
-                                  larger_halves(v.z & kBits, v.w & kBits));
-    most = larger_halves(most, __shfl_xor_sync(~0u, most, 1));
-    most = larger_halves(most, __shfl_xor_sync(~0u, most, 2));
+    unsigned most = __vmaxu2(__vmaxu2(v.x & kBits, v.y & kBits),
+                             __vmaxu2(v.z & kBits, v.w & kBits));
+    most = __vmaxu2(most, __shfl_xor_sync(~0u, most, 1));
+    most = __vmaxu2(most, __shfl_xor_sync(~0u, most, 2));
     const float top = __half2float(__ushort_as_half(max(most & 0xffff, most >> 16)));
     const float by = top > 0.f ? __fdividef(kMost, top) : 0.f;
     // The integers plus 32768 are the last halves of floats from 1.5 * 2^23 on. Words have those of
@@ -289,7 +279,7 @@ struct Staged {
     for (int i = 0; i < 2; ++i) {
       even[i] = __byte_perm(rounded(4 * i), rounded(4 * i + 2), 0x5410);
       odd[i] = __byte_perm(rounded(4 * i + 1), rounded(4 * i + 3), 0x5410);
-      sum = add_halves(odd[i], add_halves(even[i], sum));
+      sum = __dp2a_lo(odd[i], 0x0101u, __dp2a_lo(even[i], 0x0101u, sum));  // of all halves
     }
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);

@@ -64,6 +64,7 @@ template <class Z, int kRanks>
 struct SumInput {
   // What kernels in front of the product that sent have written is there: it has waited for them.
   static constexpr bool kWaits = kRanks == 1;
+  static constexpr int kRowPieces = Z::kInner / 8;  // without those that pad x
   static constexpr int kPer = (Z::kPieces + Z::kThreads - 1) / Z::kThreads;
   static_assert(Z::kIntegers && Z::kPhases == 1 && Z::kCluster == 1, "all of x is in a block");
 
@@ -81,7 +82,7 @@ struct SumInput {
   __device__ __forceinline__ void before() {
 #pragma unroll
     for (int j = 0; j < kPer; ++j)
-      if (piece(j) < Z::kInner / 8) weight[j] = reinterpret_cast<const uint4*>(norm)[piece(j)];
+      if (piece(j) < kRowPieces) weight[j] = reinterpret_cast<const uint4*>(norm)[piece(j)];
   }
 
   template <class Arriving>
@@ -91,7 +92,7 @@ struct SumInput {
     float squares = 0.f;
 #pragma unroll
     for (int j = 0; j < kPer; ++j) {
-      if (piece(j) >= Z::kInner / 8) break;
+      if (piece(j) >= kRowPieces) break;
       if (mine(j)) reinterpret_cast<uint4*>(sum)[piece(j)] = held[j];
       const half2* const pair = reinterpret_cast<const half2*>(&held[j]);
 #pragma unroll
@@ -113,7 +114,7 @@ struct SumInput {
     for (int j = 0; j < kPer; ++j) {
       if (piece(j) >= Z::kPieces) break;
       uint4 x = make_uint4(0, 0, 0, 0);
-      if (piece(j) < Z::kInner / 8) {
+      if (piece(j) < kRowPieces) {
         const half2* const pair = reinterpret_cast<const half2*>(&held[j]);
         const half2* const by = reinterpret_cast<const half2*>(&weight[j]);
         half2* const to = reinterpret_cast<half2*>(&x);
@@ -135,7 +136,7 @@ struct SumInput {
       uint4 more[kPer];
 #pragma unroll
       for (int j = 0; j < kPer; ++j) {
-        if (piece(j) >= Z::kInner / 8) break;
+        if (piece(j) >= kRowPieces) break;
         held[j] = __ldcg(old + piece(j));
         more[j] = __ldcg(reinterpret_cast<const uint4*>(y) + piece(j));
       }
@@ -148,7 +149,6 @@ struct SumInput {
           to = __hadd2(to, reinterpret_cast<const half2*>(&more[j])[e]);
         }
     } else {
-      constexpr int kPieces = Z::kInner / 8;
       // As many at once as registers allow.
       constexpr int kAtOnce = kPer * kRanks <= 8 ? kPer : 1;
       shardwright::Patience patience(exchange.peers + kRanks);
@@ -156,7 +156,7 @@ struct SumInput {
           exchange.halves<kRanks, Z::kInner>(*exchange.rank, 0));
 #pragma unroll
       for (int j = 0; j < kPer; ++j)
-        if (piece(j) < kPieces) held[j] = __ldcg(old + piece(j));
+        if (piece(j) < kRowPieces) held[j] = __ldcg(old + piece(j));
 #pragma unroll
       for (int first = 0; first < kPer; first += kAtOnce) {
         uint4 got[kAtOnce][kRanks];
@@ -167,17 +167,17 @@ struct SumInput {
           for (int j = 0; j < kAtOnce; ++j)
 #pragma unroll
             for (int source = 0; source < kRanks; ++source)
-              if (piece(first + j) < kPieces)
-                got[j][source] = look_at_words(from + source * kPieces + piece(first + j));
+              if (piece(first + j) < kRowPieces)
+                got[j][source] = look_at_words(from + source * kRowPieces + piece(first + j));
 #pragma unroll
           for (int j = 0; j < kAtOnce; ++j)
 #pragma unroll
             for (int source = 0; source < kRanks; ++source)
-              if (piece(first + j) < kPieces) missing |= zeros(got[j][source]);
+              if (piece(first + j) < kRowPieces) missing |= zeros(got[j][source]);
         } while (missing && !patience.ends());
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
-          if (piece(first + j) >= kPieces) break;
+          if (piece(first + j) >= kRowPieces) break;
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             float2 total = {0.f, 0.f};
@@ -193,13 +193,13 @@ struct SumInput {
       }
       arriving();
       uint4* const last =
-          const_cast<uint4*>(from) + (last_place - exchange.place) * kRanks * kPieces;
+          const_cast<uint4*>(from) + (last_place - exchange.place) * kRanks * kRowPieces;
 #pragma unroll
       for (int j = 0; j < kPer; ++j)
-        if (piece(j) < kPieces && mine(j))
+        if (piece(j) < kRowPieces && mine(j))
 #pragma unroll
           for (int source = 0; source < kRanks; ++source)
-            last[source * kPieces + piece(j)] = make_uint4(0, 0, 0, 0);
+            last[source * kRowPieces + piece(j)] = make_uint4(0, 0, 0, 0);
     }
   }
 
