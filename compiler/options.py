@@ -12,7 +12,7 @@ from shardwright.compiler import cuda, pipeline, rocm
 from shardwright.compiler.early_rows import EARLY_ROWS_PASS
 from shardwright.compiler.fuse import FUSIONS
 from shardwright.compiler.fuse_norm import FUSE_NORM_PASS
-from shardwright.compiler.lowering.common import CUBLAS_PASS, Q4_GEMM_PASS
+from shardwright.compiler.lowering.common import CUBLAS_PASS, GATED_GEMM_PASS, Q4_GEMM_PASS
 from shardwright.compiler.peer import PEER_PASS
 from shardwright.compiler.trace import Limits
 from shardwright.errors import UsageError
@@ -29,6 +29,7 @@ PASSES = (
     pipeline.DEPENDENT_LAUNCH,
     CUBLAS_PASS,
     Q4_GEMM_PASS,
+    GATED_GEMM_PASS,
 )
 """What `--disable-pass` takes."""
 

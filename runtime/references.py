@@ -167,6 +167,11 @@ def matmul(before: list[Any], after: list[Any], note: Note) -> Pairs:
     return [(after[-1], y)]
 
 
+def gated_matmul(before: list[Any], after: list[Any], note: Note) -> Pairs:
+    """`matmul` that is gated."""
+    return matmul(before, after, note | {"gated": True})
+
+
 def dequantize(before: list[Any], after: list[Any], note: Note) -> Pairs:
     """`(words, scale[, zero]) -> weight [N,K]`."""
     return [(after[-1], weight_of(before[:-1], note))]
@@ -283,6 +288,7 @@ REFERENCES: dict[str, Reference] = {
     "sample": sample,
     "matmul_cpu": matmul,
     "matmul_rocm": matmul,
+    "gated_gemm": gated_matmul,
     "gemv": matmul,
     "gemv_mma": matmul,
     "add_norm_gemv_mma": add_norm_product,

@@ -66,6 +66,14 @@ Q4_GEMM = [  # tokens, out, in, group
     (64, 4096, 14336, 32),
     (3, 136, 128, 32),
 ]
+GATED_GEMM = [  # tokens, features, in
+    (2048, 14336, 4096),
+    (2048, 14336, 8192),
+    (1000, 3584, 8192),
+    (257, 128, 64),
+    (100, 1280, 320),
+    (1, 256, 128),
+]
 NORMS = [4096, 8192, 5120, 1003, 16384, 16]
 ATTENTION = [  # heads, kv_heads, head_dim, batch, contexts
     (32, 8, 128, 1, [256]),
@@ -163,6 +171,9 @@ def all_cases(tune: bool) -> list[dict[str, Any]]:
     for n, rows, k, group in Q4_GEMM:
         name = f"q4_gemm_{n}_{rows}_{k}_{group}"
         cases.append(dict(kind="q4_gemm", name=name, n=n, rows=rows, k=k, group=group))
+    for n, features, k in GATED_GEMM:
+        name = f"gated_gemm_{n}_{features}_{k}"
+        cases.append(dict(kind="gated_gemm", name=name, n=n, features=features, k=k))
     cases += [
         dict(kind=k, name=k)
         for k in ("rotary", "norm", "sample", "store", "take", "dequantize", "silu_mul")
@@ -240,6 +251,7 @@ def build(directory: Path, archs: tuple[str, ...], tune: bool, only: str, match:
         activation,
         attention,
         attention_cuda,
+        gated_gemm,
         matmul,
         norm,
         q4_gemm,
@@ -334,6 +346,9 @@ def build(directory: Path, archs: tuple[str, ...], tune: bool, only: str, match:
         funcs[f"q4_gemm_silu_{half}"] = q4_gemm.silu_mul_image(features=half)
         gated = q4_gemm.q4_gemm_gated(group=group, features=half)
         funcs[f"q4_gemm_gated_{half}_{group}"] = gated
+    for _, features, k in GATED_GEMM:
+        name = f"gated_gemm_{features}_{k}"
+        funcs[name] = gated_gemm.gated_gemm(features=features, inner=k)
     cases = [c for c in cases if c["kind"] not in (FP16, Q4) or c["name"] in funcs]
     install_hook(archs)
     kept = {c["kind"] for c in cases}
@@ -496,6 +511,25 @@ class _Runner:
             error += float(not torch.equal(apart.view(torch.short), fused.view(torch.short)))
         us, cublas = self.time([product]), self.time([lambda: torch.mm(x, dense.T, out=out)])
         flops = 2 * n * rows * k / 1e6
+        self.report(case, error, 2e-3, us=us, TFLOPs=flops / us, cublas_TFLOPs=flops / cublas)
+
+    def gated_gemm(self, case: dict[str, Any]) -> None:
+        torch = self.torch
+        n, features, k = (case[key] for key in ("n", "features", "k"))
+        x, w = torch.randn(n, k, device="cuda").half(), torch.randn(2 * features, k, device="cuda")
+        w = (w / k**0.5).half()
+        gate, up = (x.double() @ w.double().T).half().double().split(features, 1)
+        want = torch.nn.functional.silu(gate) * up
+        y = torch.empty(n, 2 * features, device="cuda").half()
+        out = torch.full(want.shape, torch.nan, device="cuda").half()
+
+        def product() -> None:
+            self.call(f"gated_gemm_{features}_{k}", x, w, out)
+
+        product()
+        error = ((out.double() - want).abs().max() / want.abs().max()).item()
+        us, cublas = self.time([product]), self.time([lambda: torch.mm(x, w.T, out=y)])
+        flops = 4 * n * features * k / 1e6
         self.report(case, error, 2e-3, us=us, TFLOPs=flops / us, cublas_TFLOPs=flops / cublas)
 
     def cache(self, case: dict[str, Any]) -> tuple[Any, Any, Any]:

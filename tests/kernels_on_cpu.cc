@@ -2,6 +2,7 @@
 #include "cuda_on_cpu.h"
 #define __CUDA_FP16_H__
 #include "../compiler/kernels/decode_attention.cuh"
+#include "../compiler/kernels/gated_gemm.cuh"
 #include "../compiler/kernels/patience.cuh"
 #include "../compiler/kernels/peer.cuh"
 #include "../compiler/kernels/q4_image.cuh"
@@ -148,6 +149,19 @@ void gated_image(const half* y, half* image, int n, int inner) {
     __syncthreads();
     shardwright_q4::put_gated<kTokens, kPitch>(tile, image, n, inner, band, first, tid);
   });
+}
+
+// How often each tile of 128 tokens and 128 features is multiplied; returns how many share a band.
+int gated_gemm_tiles(int n, int features, int blocks, int* counts) {
+  int sharing = 0;
+  for (int block = 0; block < blocks; ++block) {
+    const gated_gemm::Share share(n, features, block, blocks);
+    for (int tile = share.first; tile < share.total; tile += share.step)
+      if (share.token(tile) < n)
+        ++counts[share.token(tile) / 128 * (features / 128) + share.band(tile)];
+    sharing = share.sharing;
+  }
+  return sharing;
 }
 
 void add_rms_norm_image(const half* x, const half* y, const half* weight, half* sum, half* image,

@@ -330,3 +330,22 @@ def test_decode_attention(library, number, case):
         if append:
             np.testing.assert_allclose(k_pages, want_k, atol=4e-3, rtol=2e-3)
             np.testing.assert_array_equal(v_pages, want_v)
+
+
+@pytest.mark.parametrize(
+    ("n", "features", "blocks", "sharing"),
+    [
+        (2048, 14336, 132, 2),
+        (2048, 14336, 114, 2),
+        (1000, 7168, 132, 2),
+        (200, 14336, 132, 2),
+        (384, 14336, 132, 1),
+        (128, 14336, 132, 1),
+        (1, 14336, 132, 1),
+        (300, 128, 132, 2),
+    ],
+)
+def test_gated_gemm_multiplies_each_tile_once(library, n, features, blocks, sharing):
+    counts = np.zeros((-(-n // 128), features // 128), np.int32)
+    found = library.gated_gemm_tiles(n, features, blocks, ctypes.c_void_p(counts.ctypes.data))
+    assert found == sharing and (counts == 1).all()

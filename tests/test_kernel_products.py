@@ -11,7 +11,7 @@ from tvm.script import tirx as T
 
 from shardwright.compiler.cuda import cuda_target
 from shardwright.compiler.lower import lower_abstract
-from shardwright.compiler.lowering.common import CUBLAS_PASS, Q4_GEMM_PASS
+from shardwright.compiler.lowering.common import CUBLAS_PASS, GATED_GEMM_PASS, Q4_GEMM_PASS
 from shardwright.compiler.lowering.products import MATMUL
 from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.rules import op_name
@@ -133,6 +133,40 @@ def test_what_four_bit_products_alone_read_is_written_in_their_order(others_read
     plain = {"add_rms_norm_kernel", "silu_mul_kernel", "q4_gemm_image_kernel"}
     assert kernels == {"q4_gemm_kernel", *(plain if others_read else written)}
     tvm.ir.assert_structural_equal(mod["prefill"].ret_ty, before["prefill"].ret_ty, True)
+
+
+@pytest.mark.parametrize(
+    ("archs", "shape", "disabled", "fused"),
+    [
+        (("sm_90a",), (5632, 64), frozenset(), True),
+        (("sm_90a",), (5632, 64), frozenset({GATED_GEMM_PASS}), False),
+        (("sm_90a",), (5696, 64), frozenset(), False),
+        (("sm_90a",), (5504, 64), frozenset(), False),
+        (("sm_90a",), (5632, 96), frozenset(), False),
+        (("sm_89", "sm_90a"), (5632, 64), frozenset(), False),
+    ],
+)
+def test_gates_and_ups_of_many_tokens_end_with_silu_on_hopper(archs, shape, disabled, fused):
+    (features, columns), n = shape, tvm.tirx.Var("n", "int64")
+    shapes = (n, columns), (2 * features, columns)
+    x, w = (
+        relax.Var(name, relax.TensorType(s, "float16"))
+        for name, s in zip("xw", shapes, strict=True)
+    )
+    bb = relax.BlockBuilder()
+    with bb.function("prefill", [x, w], attrs={"num_input": 1}):
+        with bb.dataflow():
+            out = relax.TensorType((n, features), "float16")
+            call = relax.call_dps_packed(
+                "shardwright.gated_linear", relax.Tuple([x, w]), out_ty=out
+            )
+            y = bb.emit_output(call)
+        bb.emit_func_output(y)
+    target = cuda_target(archs)
+    with target:
+        mod = lower_abstract(bb.get(), target, disabled=disabled)
+    kernels = {gv.name_hint for gv, f in mod.functions_items() if not isinstance(f, relax.Function)}
+    assert kernels == {"gated_gemm_kernel" if fused else "silu_mul_kernel"}
 
 
 def test_a_missing_cublas_names_its_package(monkeypatch):

@@ -6,7 +6,7 @@ from tvm import relax
 from shardwright.compiler import cuda, fuse
 from shardwright.compiler.fuse_norm import FUSE_NORM_PASS
 from shardwright.compiler.lower import LOWERINGS, lower_abstract
-from shardwright.compiler.lowering.common import CUBLAS_PASS, Q4_GEMM_PASS
+from shardwright.compiler.lowering.common import CUBLAS_PASS, GATED_GEMM_PASS, Q4_GEMM_PASS
 from shardwright.compiler.options import BuildOptions, limits_of
 from shardwright.compiler.peer import peer_state
 from shardwright.compiler.program import partition_program
@@ -38,7 +38,7 @@ def program(tmp_path_factory):
     return partitioned(CONFIG, tmp_path_factory.getbasetemp())
 
 
-EVERY = (*fuse.FUSIONS, FUSE_NORM_PASS, CUBLAS_PASS, Q4_GEMM_PASS)
+EVERY = (*fuse.FUSIONS, FUSE_NORM_PASS, CUBLAS_PASS, Q4_GEMM_PASS, GATED_GEMM_PASS)
 
 
 @pytest.mark.parametrize("peers", [False, True])

@@ -7,7 +7,7 @@ in memory. `wgmma` takes 64 rows of the weight from registers and up to 256 toke
 memory. Inside 128 columns the order of the inner dimension is free as long as both agree; ours
 gives each lane 32 consecutive elements of a row: 16 bytes, one scale. x is brought into that order
 beforehand, as an image of what shared memory shall hold, so that one thread loads 32 KB with one
-instruction (`cp.async.bulk`) and needs no tensor map, which a TIR kernel could not be given.
+instruction (`cp.async.bulk`) and needs no tensor map.
 
 PTX for later GPUs has no `wgmma`; there the same image feeds `mma`.
 """

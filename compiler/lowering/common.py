@@ -20,6 +20,9 @@ CUBLAS_PASS = "cublas"
 Q4_GEMM_PASS = "q4_gemm"
 """Unpacks four-bit weights on their way to the tensor cores; without it, into memory before."""
 
+GATED_GEMM_PASS = "gated_gemm"
+"""Lets products of many tokens end with SiLU on Hopper; without it, that is another kernel."""
+
 GEMV_MAX_BATCH = 8
 """Largest batch of the matrix-vector kernels without tensor cores."""
 
@@ -42,6 +45,7 @@ class Kernels:
         self.cublas = cuda and CUBLAS_PASS not in disabled
         self.clusters = "clusters" in target.keys
         self.wgmma = "wgmma" in target.keys and Q4_GEMM_PASS not in disabled
+        self.gated_gemm = "wgmma" in target.keys and GATED_GEMM_PASS not in disabled
         # The oldest CUDA architecture, such as 89; 0 on other targets.
         self.arch = int(str(target.attrs["arch"])[3:]) if cuda else 0
         # Whether the call that is being lowered writes an image; see `images.py`.

@@ -9,6 +9,7 @@ from tvm import relax, te
 
 from shardwright.compiler.kernels import (
     activation,
+    gated_gemm,
     gemv,
     gemv_mma,
     gemv_rocm,
@@ -111,6 +112,10 @@ def lower_gated_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> 
         image = relax.TensorType([q4_gemm.image_rows(n), half], "float16")
         operands = [_image(k, args[0], n), *args[1:], relax.prim_value(n)]
         return relax.call_tir(kernel, operands, image)
+    if len(args) == 2 and not k.image and _fits_gated_gemm(k, call, *args):
+        inner = shape_of(args[0])[1]
+        kernel = k.kernel(gated_gemm.gated_gemm, features=half, inner=inner)
+        return relax.call_tir(kernel, args, call.ty)
     whole = relax.TensorType([n, 2 * half], call.ty.dtype)
     name, lowering = ("linear", lower_linear) if len(args) == 2 else ("q4_linear", lower_q4_linear)
     product = k.bb.normalize(
@@ -128,6 +133,13 @@ def lower_gated_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> 
     gate = k.bb.emit(relax.op.strided_slice(y, [1], [0], [half]))
     up = k.bb.emit(relax.op.strided_slice(y, [1], [half], [2 * half]))
     return relax.op.multiply(k.bb.emit(relax.op.nn.silu(gate)), up)
+
+
+def _fits_gated_gemm(k: Kernels, call: relax.Call, x: relax.Expr, weight: relax.Expr) -> bool:
+    half = {str(y.ty.dtype) for y in (call, x, weight)} == {"float16"}
+    features, inner = shape_of(call)[1], shape_of(x)[1]
+    whole = features % gated_gemm.TILE == 0 and inner % gated_gemm.COLUMNS == 0
+    return k.gated_gemm and half and whole and features >= gated_gemm.MIN_FEATURES
 
 
 def lower_add_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
