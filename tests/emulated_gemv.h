@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 #define SHARDWRIGHT_EMULATED
@@ -89,30 +90,37 @@ namespace shardwright {
 inline void wait_for_inputs() {}
 inline void launch_dependents() {}
 inline void cluster_meet() { cluster->meet->arrive_and_wait(); }
-// The phase, arrivals of it to come, and of each.
-struct Phase { std::atomic<int> phase; std::atomic<short> left; short arrivals; };
+// The phase, arrivals of it to come, of each, and bytes expected that have not come.
+struct Phase { std::atomic<short> phase; signed char left, arrivals; int bytes; };
 static_assert(sizeof(Phase) == sizeof(uint64_t));
 constexpr int kCopiers = 1;
+inline std::mutex phases;
 inline Phase& phase_at(uint64_t* barrier) { return *reinterpret_cast<Phase*>(barrier); }
 inline void phase_start(uint64_t* barrier, int arrivals) {
   Phase& p = phase_at(barrier);
-  p.phase = 0, p.left = p.arrivals = arrivals;
+  p.phase = 0, p.left = p.arrivals = arrivals, p.bytes = 0;
+}
+inline void phase_change(uint64_t* barrier, int arrivals, int bytes) {
+  const std::lock_guard lock(phases);
+  Phase& p = phase_at(barrier);
+  p.left -= arrivals, p.bytes += bytes;
+  if (p.left == 0 && p.bytes == 0) p.left = p.arrivals, ++p.phase;
 }
 inline void phases_started() {}
 inline void fence_copies() {}
 inline void phase_wait(uint64_t* barrier, int parity) {
   while (phase_at(barrier).phase % 2 == parity) std::this_thread::yield();
 }
-inline void copies_expect(bool, uint64_t*, int) {}
-inline void copy_each(bool mine, void* to, const void* from, int bytes, uint64_t*) {
-  if (mine) memcpy(to, from, bytes);
+inline void copies_expect(bool mine, uint64_t* barrier, int bytes) {
+  if (mine) phase_change(barrier, 1, bytes);
 }
-// The lanes of a warp have issued theirs, and copies arrive where they are issued.
-inline void copies_issued(bool mine, uint64_t* barrier) {
-  __syncwarp();
-  Phase& p = phase_at(barrier);
-  if (mine && --p.left == 0) p.left = p.arrivals, ++p.phase;
+// Copies arrive where they are issued.
+inline void copy_each(bool mine, void* to, const void* from, int bytes, uint64_t* barrier) {
+  if (!mine) return;
+  memcpy(to, from, bytes);
+  phase_change(barrier, 0, -bytes);
 }
+inline void copies_issued(bool, uint64_t*) {}
 }  // namespace shardwright
 
 namespace shardwright_gemv {

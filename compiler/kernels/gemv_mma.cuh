@@ -323,23 +323,29 @@ struct PlainInput {
       *reinterpret_cast<uint4*>(shared + Z::kRing + token * Z::kXPitch + piece * 16) = ordered(v);
     }, [] {});
   }
-  // A phase's part of x as it is, the columns of each step with a barrier of their own. The warps
-  // take steps in turn.
+  // A phase's part of x as it is, the columns of each step with a barrier of their own.
   template <class Z>
   __device__ __forceinline__ void bring(char* shared, int phase, int rank) const {
-    const int lane = threadIdx.x % 32, buffer = phase % Z::kBuffers;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, buffer = phase % Z::kBuffers;
     uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + Z::kBarriers) + buffer * Z::kSteps;
-    char* to = shared + Z::kRing + (buffer * Z::kBatch + lane) * Z::kXPitch;
-    const char* from = reinterpret_cast<const char*>(x + (long long)lane * Z::kInner);
     const int first = (phase * Z::kCluster + rank) * Z::kPhaseBytes;
-    for (int step = threadIdx.x / 32; step < Z::kSteps; step += Z::kThreads / 32) {
-      const int at = step * Z::kStepBytes;
+    // Copies of a warp are issued one after the other. So all warps issue some of each step, but where
+    // a barrier waits for the lanes of one warp.
+    constexpr bool kOne = shardwright::kCopiers > 1;
+    constexpr int kWarps = Z::kThreads / 32, kTokens = kOne ? 32 : Z::kBatch;
+    for (int i = kOne ? threadIdx.x : lane * kWarps + warp; i / Z::kThreads * Z::kThreads <
+         Z::kSteps * kTokens; i += Z::kThreads) {
+      const int step = i / kTokens, token = i % kTokens, at = step * Z::kStepBytes;
       const int bytes = Z::kWhole ? Z::kStepBytes
                                   : max(0, min(Z::kStepBytes, Z::kInner * 2 - first - at));
-      shardwright::copies_expect(lane == 0, barriers + step, bytes * Z::kBatch);
-      shardwright::copy_each(lane < Z::kBatch && bytes > 0, to + at, from + first + at, bytes,
-                             barriers + step);
-      shardwright::copies_issued(lane == 0, barriers + step);
+      const bool in = step < Z::kSteps && token < Z::kBatch, one = in && token == 0;
+      shardwright::copies_expect(one, barriers + step, bytes * Z::kBatch);
+      shardwright::copy_each(in && bytes > 0,
+                             shared + Z::kRing + (buffer * Z::kBatch + token) * Z::kXPitch + at,
+                             reinterpret_cast<const char*>(x + (long long)token * Z::kInner) +
+                                 first + at,
+                             bytes, barriers + step);
+      shardwright::copies_issued(one, barriers + step);
     }
   }
 
