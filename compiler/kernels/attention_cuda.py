@@ -96,26 +96,28 @@ def decode_plan(
         parts = -(-group // 8)
     while True:
         items = tokens * kv_heads * parts
-        many = -(-group // parts) > 8
+        many, few = -(-group // parts) > 8, 4
         if items > MULTIPROCESSORS:  # small blocks, several to a multiprocessor
             warps, ring, blocks, splits = 2, 48, 4 * MULTIPROCESSORS, 2
-        elif items > 33:
+        elif alone and items > 33:
             warps, ring, blocks = 4, 64, 2 * MULTIPROCESSORS
             splits = blocks // items
         else:
             warps = 4 if many and head_dim > 128 else 8  # as there are registers for the sums
             # Beside a ring of 200 KB the product before has no room, which costs a step of 8B 1 %.
             ring, blocks = 200 if alone and not many and head_dim < 128 else 144, MULTIPROCESSORS
-            splits = min(64, (1 if alone else 2) * blocks // items)
+            splits = min(64, (2 if 1 < tokens and items <= 16 else 1) * blocks // items)
+            if tokens > 1 and items > 16:  # to join two blocks' sums takes longer than that
+                few = min(24, items // 2)
         if items > MAX_COUNTERS:
             splits = 1
         while warps > 1:
             bytes_of_ring = min(ring * 1024, limit - 16 * 1024)
             stages = max(1, bytes_of_ring // (64 * head_dim) // warps) * warps
             ahead = stages
-            if alone and warps == 8:  # some 50 KB under way to each block keep the memory busy
+            if warps == 8:  # some 50 KB under way to each block keep the memory busy
                 ahead = min(stages, max(8, 896 // head_dim))
-            plan = DecodePlan(parts, warps, stages, ahead, 4, splits, blocks)
+            plan = DecodePlan(parts, warps, stages, ahead, few, splits, blocks)
             if plan.shared(group, head_dim) <= limit:
                 return plan
             warps //= 2
