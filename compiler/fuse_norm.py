@@ -1,20 +1,23 @@
-"""The residual sum and norm in front of a product of one token become part of it.
+"""The residual sum and norm in front of a product of few tokens become part of products.
 
-With one rank that is `add_rms_norm`. With several it is an all-reduce too: then the product whose
-result is reduced sends its rows to all ranks, and the product behind the norm adds what it gets.
-Runs after the fusions of `fuse.py` and `add_peer_functions`, on the functions of one row.
+With one rank that is `add_rms_norm`. Of one token the product behind the norm computes both, of
+several the product in front adds the residual, and the one behind scales its results. With several
+ranks and one token it is an all-reduce too: then the product whose result is reduced sends its rows
+to all ranks, and the product behind the norm adds what it gets. Runs after the fusions of `fuse.py`
+and `add_peer_functions`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import NamedTuple
 
 import tvm
 from tvm import relax
 
 from shardwright.compiler.fuse import Rewrite
-from shardwright.compiler.kernels import gemv_mma
+from shardwright.compiler.kernels import gemv_mma, gemv_norm
 from shardwright.compiler.linear import Rewriter, is_call, reads
 from shardwright.compiler.lowering.common import one_token_product
 from shardwright.compiler.peer import SUFFIX, SUM_PLACES, PeerState, sum_places
@@ -23,7 +26,8 @@ from shardwright.compiler.rules import op_name, operands_of, shape_of
 
 FUSE_NORM_PASS = "fuse_norm"
 
-_DECODE = "decode_1"
+_DECODE = "decode_"
+_ONE = "decode_1"
 _ADD_NORM = "shardwright.add_rms_norm"
 _REDUCE_ADD_NORM = "shardwright.peer_all_reduce_add_rms_norm"
 _PRODUCTS = ("shardwright.q4_linear", "shardwright.q4_gated_linear")
@@ -73,33 +77,51 @@ class _Function:
         alone = len(self.readers[y]) == 1 and is_call(value, _PRODUCTS[0])
         return y if alone and _sends(value, self.params) else None
 
+    def added(self, site: _Site) -> int | None:
+        """Blocks of the product in front of a site, if it can add the residual."""
+        residual, y, norm, _ = site.args
+        product = _product_of(self.values[y], self.params) if self.sent(site) is not None else None
+        if product is None or norm not in self.params:
+            return None
+        place = {var: i for i, (var, _) in enumerate(self.bindings)}
+        there = residual in self.params or place[residual] < place[y]  # by then
+        plan = gemv_mma.plan(product, clusters=True)
+        return product.parts(plan) * plan.cluster if there and plan is not None else None
+
 
 def fuse_norm(mod: tvm.IRModule, peer: PeerState | None) -> tvm.IRModule:
-    """`mod` with the norms of its functions of one row fused, for GPUs with clusters.
+    """`mod` with the norms of its functions of few rows fused, for GPUs with clusters.
 
-    `shardwright.add_norm_q4_linear(x, y, norm, packed, scale, eps) -> (x + y, product)`, or
-    `add_norm_q4_gated_linear`. With several ranks, `send_q4_linear(x, packed, scale, peers, rank,
-    place, first) -> done [1]` and `sum_norm_q4_linear(residual, norm, packed, scale, done, x,
-    peers, rank, place, last_place, eps, first)`, or gated. `done` and `x`, what the product in
+    Of one row `shardwright.add_norm_q4_linear(x, y, norm, packed, scale, eps) -> (x + y, product)`,
+    or `add_norm_q4_gated_linear`. Of several `add_q4_linear(x, packed, scale, residual, norm) ->
+    (sum, weighted, squares)` in front of the norm and `norm_q4_linear(weighted, squares, packed,
+    scale, eps) -> product`, or `norm_q4_gated_linear`, behind it; see `gemv_norm.add_gemv_mma`.
+    With several ranks and one row, `send_q4_linear(x, packed, scale, peers, rank, place, first) ->
+    done [1]` and `sum_norm_q4_linear(residual, norm, packed, scale, done, x, peers, rank, place,
+    last_place, eps, first)`, or gated. `done` and `x`, what the product in
     front multiplies, are not read: the one keeps the order of the two, the other its memory from
     being used anew, since the second kernel begins while the first still runs. `place` is one of
     `peer.SUM_PLACES`, `last_place` that of the sum before; `first` is `PeerState.sums_at`.
     """
     functions = dict(mod.functions_items())
     for gv, func in mod.functions_items():
-        if gv.name_hint == _DECODE:
-            functions[gv] = _fuse_add_norms(func)
-        elif gv.name_hint == _DECODE + SUFFIX and peer is not None:
+        if gv.name_hint == _ONE + SUFFIX and peer is not None:
             functions[gv] = _fuse_all_reduces(func, peer)
+        elif gv.name_hint.startswith(_DECODE) and not gv.name_hint.endswith(SUFFIX):
+            functions[gv] = _fuse_add_norms(func, gv.name_hint == _ONE)
     return tvm.IRModule(functions)
 
 
-def _fuse_add_norms(func: relax.Function) -> relax.Function:
+def _fuse_add_norms(func: relax.Function, one: bool) -> relax.Function:
+    """Of `one` row, or of several."""
     f = _Function(func)
     if any(op_name(c).startswith("relax.ccl") for _, c in f.bindings if isinstance(c, relax.Call)):
         return func  # of several ranks, which sum before they add
-    found = [f.site(*call) for call in f.calls(_ADD_NORM)]
-    sites = {site.pair: site for site in found if site is not None}
+    found = [site for call in f.calls(_ADD_NORM) if (site := f.site(*call)) is not None]
+    if not one:
+        blocks = {site.pair: n for site in found if (n := f.added(site)) is not None}
+        return _fuse_several(func, [site for site in found if site.pair in blocks], blocks)
+    sites = {site.pair: site for site in found}
 
     def rewrite(rw: Rewriter, var: relax.Var, _call: relax.Call) -> relax.Expr | None:
         if var not in sites:
@@ -110,6 +132,42 @@ def _fuse_add_norms(func: relax.Function) -> relax.Function:
         return _emit(rw, sites[var], "add_norm", operands)
 
     return _run(func, rewrite, {site.product for site in sites.values()})
+
+
+def _fuse_several(
+    func: relax.Function, sites: list[_Site], blocks: dict[relax.Var, int]
+) -> relax.Function:
+    """The product in front of each site adds the residual, the one behind scales its results.
+
+    `blocks` of the first has each site, by its pair.
+    """
+    in_front = {site.args[1]: site for site in sites}
+    pairs = {site.pair: site for site in sites}
+    behind = {site.product: site for site in sites}
+    if behind.keys() & in_front.keys():
+        return func  # no kernel does both
+
+    def rewrite(rw: Rewriter, var: relax.Var, call: relax.Call) -> relax.Expr | None:
+        if var in in_front:
+            residual, _, norm, _ = in_front[var].args
+            squares = [shape_of(call)[0], blocks[in_front[var].pair]]
+            types = [call.ty, call.ty, relax.TensorType(squares, "float32")]
+            tensors = map(rw.local, (*operands_of(call), residual, norm))
+            return _call("add_q4_linear", list(tensors), types)
+        if var in pairs:  # the sum, and what takes the norm's place
+            all_three = rw.local(pairs[var].args[1])
+            both = [rw.bb.emit(relax.TupleGetItem(all_three, i)) for i in range(2)]
+            return relax.Tuple(both)
+        if var in behind:
+            _, y, _, eps = behind[var].args
+            weighted, packed, scale = map(rw.local, operands_of(call))
+            squares = rw.bb.emit(relax.TupleGetItem(rw.local(y), 2))
+            gated = "gated_" if op_name(call) == _PRODUCTS[1] else ""
+            operands = [weighted, squares, packed, scale, eps]
+            return _call(f"norm_q4_{gated}linear", operands, call.ty)
+        return None
+
+    return Rewriter(func, rewrite).run(str(func.attrs["global_symbol"]))
 
 
 def _fuse_all_reduces(func: relax.Function, peer: PeerState) -> relax.Function:
@@ -177,14 +235,15 @@ def _is_item(value: relax.Expr) -> bool:
 
 
 def _product_of(value: relax.Expr, params: set[relax.Var]) -> gemv_mma.Product | None:
-    """The sizes of a four-bit product of one token in float16, None for any other."""
+    """The sizes of a four-bit product of few tokens in float16, None for any other."""
     if not any(is_call(value, name) for name in _PRODUCTS):
         return None
     x, packed, scale = operands_of(value)
     product = one_token_product(packed, scale, gated=is_call(value, _PRODUCTS[1]))
+    product = replace(product, batch=shape_of(x)[0])
     # x may be narrower than the weight, which has whole groups.
     if (
-        shape_of(x) != (1, product.in_features)
+        shape_of(x)[1] != product.in_features
         or str(x.ty.dtype) != "float16"
         or not {packed, scale} <= params
     ):
@@ -193,11 +252,12 @@ def _product_of(value: relax.Expr, params: set[relax.Var]) -> gemv_mma.Product |
 
 
 def _fits(value: relax.Expr, normed: relax.Var, params: set[relax.Var]) -> bool:
-    """Whether there is a kernel that computes `normed`, of one token, in front of a product."""
+    """Whether there is a kernel that computes `normed` in front of a product."""
     product = _product_of(value, params)
     if product is None or operands_of(value)[0] != normed:
         return False
-    return gemv_mma.normed_plan(product) is not None
+    plan = gemv_mma.normed_plan if product.batch == 1 else gemv_norm.scaled_plan
+    return plan(product) is not None
 
 
 def _sends(value: relax.Expr, params: set[relax.Var]) -> bool:

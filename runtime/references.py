@@ -215,6 +215,27 @@ def sum_norm_product(before: list[Any], after: list[Any], note: Note) -> Pairs:
     return [_product_of_norm(before[1], before[2:4], after[-2:], note)]
 
 
+def norm_product(before: list[Any], after: list[Any], note: Note) -> Pairs:
+    """`(weighted, squares, *weight) -> product of the norm`; see `gemv_norm.add_gemv_mma`."""
+    weighted, squares, *operands, _ = before
+    x = 16 * wide(weighted)
+    x /= np.sqrt(wide(squares).sum(1, keepdims=True) / x.shape[1] + note["eps"])
+    return matmul([x, *operands, after[-1]], after, note)
+
+
+def add_product(before: list[Any], after: list[Any], note: Note) -> Pairs:
+    """`(x, *weight, residual, norm) -> (sum, weighted, squares)`; see `gemv_norm.add_gemv_mma`."""
+    *operands, residual, norm = before[:-3]
+    total, weighted, squares = after[-3:]
+    ((_, y),) = matmul([*operands, total], [total], note)
+    row = wide(total)  # as it was rounded
+    return [
+        (total, wide(residual) + y),
+        (weighted, row * wide(norm) / 16),
+        (squares.sum(1), (row**2).sum(1)),
+    ]
+
+
 def _product_of_norm(
     norm: Array, operands: list[Array], results: list[Array], note: Note
 ) -> tuple[Array, Array]:
@@ -293,6 +314,8 @@ REFERENCES: dict[str, Reference] = {
     "gemv_mma": matmul,
     "add_norm_gemv_mma": add_norm_product,
     "sum_norm_gemv_mma": sum_norm_product,
+    "add_gemv_mma": add_product,
+    "norm_gemv_mma": norm_product,
     "q4_gemv": matmul,
     "q4_batch": matmul,
     "quantized_gemv": matmul,

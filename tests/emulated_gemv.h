@@ -124,6 +124,7 @@ inline void copies_issued(bool, uint64_t*) {}
 }  // namespace shardwright
 
 namespace shardwright_gemv {
+inline void prefetch(const void*) {}
 struct Copy { char* to; const void* from; int bytes; bool valid; };
 // A copy arrives when it is waited for, and no sooner.
 thread_local std::vector<std::vector<Copy>> groups(1);

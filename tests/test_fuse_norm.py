@@ -1,4 +1,4 @@
-"""Sums, norms and products of one token in one kernel: what becomes of functions, what stays."""
+"""Sums, norms and products of few tokens in one kernel: what becomes of functions, what stays."""
 
 import shutil
 
@@ -11,7 +11,7 @@ from tvm import relax
 
 from shardwright.compiler import cuda, fuse
 from shardwright.compiler.fuse_norm import FUSE_NORM_PASS, fuse_norm
-from shardwright.compiler.kernels import gemv_mma
+from shardwright.compiler.kernels import gemv_mma, gemv_norm
 from shardwright.compiler.lower import lower_abstract
 from shardwright.compiler.peer import SUM_PLACES, add_peer_functions, peer_state, sum_places
 from shardwright.compiler.program import partition_program
@@ -69,7 +69,7 @@ def item(func, var):
 
 def test_one_rank_adds_and_norms_in_front_of_its_products():
     before, after, _ = fused(CONFIG, 1)
-    assert changed(before, after) == {"decode_1"}
+    assert changed(before, after) == {"decode_1", "decode_2"}
     func = after["decode_1"]
     found = calls(func)
     layer = ["append_attention_joined", "relax.reshape", "q4_linear", "add_norm_q4_gated_linear"]
@@ -92,6 +92,32 @@ def test_one_rank_adds_and_norms_in_front_of_its_products():
         reader = found[at + 1][2][0]
         assert item(func, reader) == (pair, 1)
     assert str(pairs[-1][1].ty.fields[1].dtype) == "float32" and "lm_head" in pairs[-1][2][3].name
+
+
+def test_several_rows_add_behind_products_and_scale_those_behind_norms():
+    _, after, _ = fused(CONFIG, 1)
+    func = after["decode_2"]
+    found = calls(func)
+    names = [name for name, _, _ in found]
+    layer = ["append_attention_joined", "relax.reshape", "add_q4_linear", "norm_q4_gated_linear"]
+    layer += ["add_q4_linear", "norm_q4_linear"]
+    start = names.index("relax.nn.rms_norm")
+    assert names[start:] == [
+        *("relax.nn.rms_norm", "q4_linear"), *layer * 3, "store_logits", "sample"
+    ]  # fmt: skip
+    sums = [(v, args) for name, v, args in found if name == "add_q4_linear"]
+    products = [(v, args) for name, v, args in found if name.startswith("norm")]
+    last = None
+    for (three, added), (_, normed) in zip(sums, products, strict=True):
+        _x, packed, scale, residual, norm = added
+        # The residual is the sum before.
+        assert residual == found[start][2][0] if last is None else item(func, residual) == (last, 0)
+        assert packed.name.removesuffix("q4") == scale.name[:-5] and "norm" in norm.name
+        weighted, squares, words, _scale, eps = normed
+        assert item(func, weighted) == (three, 1) and item(func, squares) == (three, 2)
+        assert eps.value == 1e-5 and words.name != packed.name
+        last = three
+    assert str(products[-1][0].ty.dtype) == "float32" and "lm_head" in products[-1][1][2].name
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -138,8 +164,11 @@ def test_all_of_several_ranks_or_none():
     assert not changed(before, after)
     # One rank fuses what it can: behind attention, but not behind a bias.
     before, after, _ = fused(CONFIG | {"mlp_bias": True}, 1)
-    names = [name for name, _, _ in calls(after["decode_1"])]
-    assert changed(before, after) and "add_norm_q4_linear" in names
+    assert changed(before, after)
+    assert "add_norm_q4_linear" in [name for name, _, _ in calls(after["decode_1"])]
+    names = [name for name, _, _ in calls(after["decode_2"])]
+    assert names.count("add_q4_linear") == names.count("norm_q4_linear") == 3
+    assert names.count("add_rms_norm") == 3
 
 
 def test_plain_weights_keep_their_norms():
@@ -175,7 +204,9 @@ def test_only_gpus_with_clusters_have_the_kernels(arch, disabled):
     with target, without_source_context():
         mod = lower_abstract(before, target, disabled=frozenset([FUSE_NORM_PASS] * disabled))
     names = {gv.name_hint for gv in mod.get_global_vars()}
-    assert any("add_norm_gemv" in n for n in names) == (arch == "sm_90a" and not disabled)
+    for kind in ("add_norm", "add", "norm"):
+        found = any(n.startswith(f"{kind}_gemv_mma") for n in names)
+        assert found == (arch == "sm_90a" and not disabled)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
@@ -185,7 +216,16 @@ def test_the_kernels_compile():
     normed = sizes | {"out_features": 96, "tuned": gemv_mma.normed_plan(product), "eps": 1e-5}
     peers = {"ranks": 2, "first_word": 64}
     plain = gemv_mma.plan(gemv_mma.Product(1, 256, 256, 32), clusters=True)
+    several = gemv_mma.Product(7, 96, 256, 32)
+    of_several = sizes | {"batch": 7, "out_features": 96}
+    scaled = gemv_norm.scaled_plan(several)
     kernels = {
+        "norm_several": gemv_norm.norm_gemv_mma(
+            **of_several, tuned=scaled, eps=1e-5, pieces=132, out_dtype="float32"
+        ),
+        "add_several": gemv_norm.add_gemv_mma(
+            **of_several, tuned=gemv_mma.plan(several, clusters=True)
+        ),
         "add": gemv_mma.add_norm_gemv_mma(**normed, out_dtype="float16", gated=True),
         "sum": gemv_mma.sum_norm_gemv_mma(
             **normed, **peers, out_dtype="float32", sent_features=64
@@ -215,8 +255,22 @@ def test_references():
     add = [residual, y, norm, packed, scale, total, gated]
     exchange = [np.zeros(1), y, np.zeros(3), np.zeros(1), np.zeros(1), 0]
     several = [residual, norm, packed, scale, *exchange, total, gated]
-    for name, args in (("add_norm_gemv_mma_kernel2", add), ("sum_norm_gemv_mma_kernel", several)):
-        reference = references.reference_of(name)
-        assert _compare("x", reference(args, args, note)).passed
-        wrong = [*args[:-1], args[-1] * np.float16(1.05)]
-        assert not _compare("x", reference(args, wrong, note)).passed
+    weighted = (wide * norm / 16).astype(np.float16)
+    squares = np.array([[(wide**2).sum() / 4, (wide**2).sum() * 3 / 4]], np.float32)
+    product = x @ ((codes - 7.0) * np.repeat(scale.astype(np.float64), 32, 1)).T
+    behind, by = rng.standard_normal((2, 1, 6)).astype(np.float16)
+    sums = (product + behind).astype(np.float16)
+    parts = np.array([[(sums.astype(np.float64) ** 2).sum(), 0]], np.float32)
+    added = [x.astype(np.float16), packed, scale, behind, by[0], sums, sums * by / 16, parts]
+    for name, args in (
+        ("add_norm_gemv_mma_kernel2", add),
+        ("sum_norm_gemv_mma_kernel", several),
+        ("norm_gemv_mma_kernel", [weighted, squares, packed, scale, gated]),
+        ("add_gemv_mma_kernel1", added),
+    ):
+        reference, of = references.reference_of(name), {} if args is added else note
+        assert _compare("x", reference(args, args, of)).passed
+        for i in (-1, -2, -3) if args is added else (-1,):
+            wrong = [*args]
+            wrong[i] = args[i] * args[i].dtype.type(1.05)
+            assert not _compare("x", reference(args, wrong, of)).passed

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shardwright.compiler.kernels import gemv_mma
+from shardwright.compiler.kernels import gemv_mma, gemv_norm
 from shardwright.compiler.kernels.gemv_mma import Plan, Product
 
 # Rows that fill no tile, a tail of the inner dimension, several tiles, teams and phases, clusters.
@@ -55,6 +55,25 @@ SUMS = {
         (Product(1, 20, 1024, 32, True), Plan(128, 1, 2, 1, 1)),
     ),
 }
+# Of several tokens, the product in front of a norm, which adds the residual, and the one behind it.
+NORMS = {
+    "2 tokens": (
+        (Product(2, 1024, 256, 32), Plan(128, 1, 2, 1, 2)),
+        (Product(2, 44, 1024, 32, True), Plan(128, 1, 2, 2, 1)),
+    ),
+    "5 tokens, a tail, clusters in front": (
+        (Product(5, 320, 512, 64), Plan(128, 1, 2, 1, 2, 2)),
+        (Product(5, 37, 320, 32), Plan(128, 1, 2, 1, 1)),
+    ),
+    "8 tokens, phases in front, clusters behind": (
+        (Product(8, 1024, 768, 32), Plan(128, 1, 2, 1, 1, 1, 3)),
+        (Product(8, 40, 1024, 32), Plan(128, 1, 2, 1, 4, 2)),
+    ),
+    "12 tokens, phases behind": (
+        (Product(12, 1088, 256, 32), Plan(128, 2, 2, 1, 2)),
+        (Product(12, 44, 1088, 32, True), Plan(128, 1, 2, 1, 2, 1, 2)),
+    ),
+}
 EXCHANGE = "const int64_t* peers, const int* rank, unsigned first, int place, int last_place"
 
 
@@ -74,7 +93,7 @@ extern "C" void case_{i}(const half* x, const void* w, const half* scale, half* 
   }});
 }}
 """
-    for name in ("patience.cuh", "gemv_sum.cuh"):
+    for name in ("patience.cuh", "gemv_sum.cuh", "gemv_norm.cuh"):
         text += Path(gemv_mma.__file__).with_name(name).read_text()
     for i, (ranks, *both) in enumerate(SUMS.values()):
         (sent, sent_grid), (normed, normed_grid) = (grid_of(*one) for one in both)
@@ -96,6 +115,27 @@ extern "C" void sum_{i}(const half* residual, const half* y, const half* norm, h
   }});
 }}
 """
+    for i, both in enumerate(NORMS.values()):
+        (added, added_grid), (normed, normed_grid) = (grid_of(*one) for one in both)
+        pieces = BLOCKS * both[0][1].cluster
+        text += f"""
+extern "C" void add_{i}(const half* x, const void* w, const half* scale, const half* residual,
+                        const half* norm, half* sum, half* weighted, float* squares) {{
+  run_grid({added_grid}, [&](char* shared) {{
+    using namespace shardwright_gemv;
+    AddedOutput<{added}> output{{residual, norm, sum, weighted, squares}};
+    product<{added}>(PlainInput{{x}}, w, scale, output, shared);
+  }});
+}}
+extern "C" void norm_{i}(const half* weighted, const float* squares, const void* w,
+                         const half* scale, half* out) {{
+  run_grid({normed_grid}, [&](char* shared) {{
+    using namespace shardwright_gemv;
+    NormedOutput<{normed}, half, {pieces}> output{{squares, 1e-5f, {{out}}}};
+    product<{normed}>(PlainInput{{weighted}}, w, scale, output, shared);
+  }});
+}}
+"""
     source = directory / "gemv.cc"
     source.write_text(f'#include "{Path(__file__).with_name("emulated_gemv.h")}"\n{text}')
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", "-o"]
@@ -112,6 +152,7 @@ def grid_of(product, plan):
     sizes = f"shardwright_gemv::Sizes<{gemv_mma.sizes(product, plan, BLOCKS)}>"
     # More than a GPU would give: it has many more blocks.
     shared = product.shared(plan) + 4 * product.batch * product.out_features * plan.split
+    shared += gemv_norm.SCALES_BYTES
     return sizes, f"{BLOCKS * plan.cluster}, {plan.cluster}, {threads}, {shared}"
 
 
@@ -162,6 +203,51 @@ def test_what_is_no_number_stays_none(library, wrong):
     x[0, 700] = wrong
     weight, scale, _ = four_bits(rng, (product.out_features, product.in_features), product.group)
     assert not np.isfinite(multiplied(library, "q4", x, weight, scale, 0)).any()
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_residuals_behind_products_and_norms_in_front(library, name):
+    (front, plan), (behind, _) = NORMS[name]
+    case, tokens = list(NORMS).index(name), front.batch
+    rng = np.random.default_rng(1)
+    weight, scale, dense = four_bits(rng, (front.out_features, front.in_features), front.group)
+    # Tokens of different sizes, so that none may have another's norm.
+    sizes = np.geomspace(0.01, 10, tokens)[:, None]
+    x = (rng.standard_normal((tokens, front.in_features)) * sizes).astype(np.float16)
+    more = x.astype(np.float64) @ dense.T
+    residual = (rng.standard_normal(more.shape) * sizes).astype(np.float16)
+    norm = rng.standard_normal(front.out_features).astype(np.float16)
+    total, weighted = np.full((2, *more.shape), np.nan, np.float16)
+    squares = np.full((tokens, BLOCKS * plan.cluster), np.nan, np.float32)
+    arrays = (x, weight, scale, residual, norm, total, weighted, squares)
+    getattr(library, f"add_{case}")(*pointers(*arrays))
+    of_row = np.abs(more).max(1, keepdims=True)
+    np.testing.assert_allclose((total - residual.astype(np.float64) - more) / of_row, 0, atol=3e-3)
+    wide = total.astype(np.float64)
+    np.testing.assert_allclose(squares.sum(1), (wide**2).sum(1), rtol=1e-5)
+
+    weight, scale, dense = four_bits(rng, (behind.out_features, behind.in_features), behind.group)
+    want = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) * norm @ dense.T
+    if behind.gated:
+        gate, value = np.split(want, 2, axis=1)
+        want = gate / (1 + np.exp(-gate)) * value
+    out = np.full((tokens, behind.outputs), np.nan, np.float16)
+    getattr(library, f"norm_{case}")(*pointers(weighted, squares, weight, scale, out))
+    np.testing.assert_allclose(out, want, atol=4e-3 * np.abs(want).max(), rtol=0)
+
+
+def test_large_sums_stay_finite(library):
+    (front, _), _ = NORMS["2 tokens"]
+    rng = np.random.default_rng(3)
+    weight, scale, _ = four_bits(rng, (front.out_features, front.in_features), front.group)
+    x = np.zeros((2, front.in_features), np.float16)
+    residual = rng.choice([-6e4, 6e4], (2, front.out_features)).astype(np.float16)
+    norm = np.full(front.out_features, 64, np.float16)
+    total, weighted = np.full((2, *residual.shape), np.nan, np.float16)
+    squares = np.full((2, BLOCKS), np.nan, np.float32)
+    library.add_0(*pointers(x, weight, scale, residual, norm, total, weighted, squares))
+    np.testing.assert_array_equal(total, residual)
+    assert np.isfinite(weighted).all() and np.isfinite(squares).all()
 
 
 @pytest.mark.parametrize("name", SUMS)

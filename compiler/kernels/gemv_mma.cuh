@@ -504,6 +504,7 @@ __device__ __forceinline__ void consume(float (&sums)[Z::kTiles][Z::kTokens8][4]
 template <class Out>
 struct PlainOutput {
   using Type = Out;
+  static constexpr bool kNorms = false;  // has part in a norm, as outputs of gemv_norm.cuh do
   Out* out;
 
   template <class Z>
@@ -582,12 +583,15 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
   }
   input.before(), output_to.template before<Z>();
   if (Input::kWaits) shardwright::wait_for_inputs();
+  if constexpr (Output::kNorms) output_to.look();
   if constexpr (Z::kOrdered) {
     input.template bring_ordered<Z>(shared, rank);
     __syncthreads();
   } else if constexpr (!Z::kIntegers) {
     for (int phase = 0; phase < Z::kBuffers; ++phase) input.template bring<Z>(shared, phase, rank);
   }
+  float* const scales = partial + pitch * Z::kSplit * Z::kBatch;
+  if constexpr (Output::kNorms) output_to.start(scales);
   // The next kernel may start once all copies are under way: sooner its own would only delay them.
   // What it reads of kernels in front of this one is there, as this one has waited.
   if (items < Z::kDepth) shardwright::launch_dependents();
@@ -663,12 +667,19 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
       take += Z::kTeams;
     }
   }
+  // The blocks of a cluster write a part of the outputs each.
+  const int units = count / Z::kWide, total = units * Z::kBatch;
+  const int from = total * rank / Z::kCluster, to = total * (rank + 1) / Z::kCluster;
+  const auto fetch = [&](int i) {
+    if constexpr (Output::kNorms)
+      if (i < to) output_to.fetch(i / units, first + i % units * Z::kWide);
+  };
+  fetch(from + tid);
   if (Z::kCluster > 1) shardwright::cluster_meet();
   else __syncthreads();
-  // The warps' sums in a fixed order; the blocks of a cluster write a part of the outputs each.
-  const int units = count / Z::kWide, total = units * Z::kBatch;
-  for (int i = total * rank / Z::kCluster + tid; i < total * (rank + 1) / Z::kCluster;
-       i += Z::kThreads) {
+  float* const of_items = reinterpret_cast<float*>(shared);  // in the ring, which has served
+  // The warps' sums in a fixed order.
+  for (int i = from + tid; i < to; i += Z::kThreads) {
     const int output = i % units * Z::kWide, token = i / units;
     const int local = Z::kGated ? output / 8 * 16 + output % 8 : output;
     float sum[2][Z::kWide] = {};  // and of a gated product that of the value
@@ -685,6 +696,11 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
 #pragma unroll
           for (int j = 0; j < Z::kWide; ++j) sum[half][j] += v[j];
         }
+    if constexpr (Output::kNorms) {
+      const float by = output_to.scale(scales, token);
+#pragma unroll
+      for (int j = 0; j < Z::kWide; ++j) sum[0][j] *= by, sum[1][j] *= by;
+    }
     alignas(16) Out results[Z::kWide];
 #pragma unroll
     for (int j = 0; j < Z::kWide; ++j) {
@@ -693,9 +709,12 @@ __device__ __forceinline__ void product(Input input, const void* weight, const h
       const float value = (float)rounded<Out>(sum[1][j]);
       results[j] = rounded<Out>(Z::kGated ? gate / (1.f + expf(-gate)) * value : sum[0][j]);
     }
-    if constexpr (Z::kWide == 1) output_to.template put<Z>(token, first + output, results[0]);
+    if constexpr (Output::kNorms) output_to.put(i, token, first + output, results, of_items);
+    else if constexpr (Z::kWide == 1) output_to.template put<Z>(token, first + output, results[0]);
     else output_to.template put<Z>(token, first + output, results);
+    fetch(i + Z::kThreads);
   }
+  if constexpr (Output::kNorms) output_to.end(of_items, units, from, to);
   if (Z::kCluster > 1) shardwright::cluster_meet();  // its blocks still read this one's memory
 }
 

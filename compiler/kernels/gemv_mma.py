@@ -258,6 +258,8 @@ class _Function:
     plan: Plan
     name: str
     source: str
+    more: int = 0
+    """Bytes of shared memory beyond those of the product."""
 
     @property
     def blocks(self) -> int:
@@ -269,7 +271,7 @@ class _Function:
 
     @property
     def shared(self) -> int:
-        return self.product.shared(self.plan)
+        return self.product.shared(self.plan) + self.more
 
     def call(self, args: list[Any], shared: Any) -> Any:
         """Its call in a kernel."""

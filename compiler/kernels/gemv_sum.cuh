@@ -39,6 +39,7 @@ struct Exchange {
 template <int kRanks>
 struct SentOutput {
   using Type = half;
+  static constexpr bool kNorms = false;
   Exchange exchange;
   unsigned short* to[kRanks];
 

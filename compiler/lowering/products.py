@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import tvm
@@ -12,6 +13,7 @@ from shardwright.compiler.kernels import (
     gated_gemm,
     gemv,
     gemv_mma,
+    gemv_norm,
     gemv_rocm,
     matmul,
     matmul_rocm,
@@ -148,6 +150,42 @@ def lower_add_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) 
     shapes = _normed_shapes(call, tensors[3], tensors[4])
     kernel = k.kernel(gemv_mma.add_norm_gemv_mma, **shapes, eps=value_of(eps))
     return relax.call_tir(kernel, tensors, list(call.ty.fields))
+
+
+def lower_add_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """A four-bit product of several tokens and the residual's sum with it, in one kernel."""
+    x, packed, scale, *_ = args
+    product = replace(one_token_product(packed, scale, gated=False), batch=shape_of(x)[0])
+    kernel = k.kernel(
+        gemv_norm.add_gemv_mma,
+        batch=product.batch,
+        out_features=product.out_features,
+        in_features=product.in_features,
+        group=product.group,
+        tuned=gemv_mma.plan(product, clusters=True),
+    )
+    return relax.call_tir(kernel, args, list(call.ty.fields))
+
+
+def lower_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """A four-bit product of the norms of several tokens, from what `lower_add_linear` leaves."""
+    *tensors, eps = args
+    x, squares, packed, scale = tensors
+    gated = op_name(call).endswith("gated_linear")
+    product = replace(one_token_product(packed, scale, gated), batch=shape_of(x)[0])
+    kernel = k.kernel(
+        gemv_norm.norm_gemv_mma,
+        batch=product.batch,
+        out_features=product.out_features,
+        in_features=product.in_features,
+        out_dtype=str(call.ty.dtype),
+        tuned=gemv_norm.scaled_plan(product),
+        group=product.group,
+        eps=value_of(eps),
+        pieces=shape_of(squares)[1],
+        gated=gated,
+    )
+    return relax.call_tir(kernel, tensors, call.ty)
 
 
 def lower_send_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
