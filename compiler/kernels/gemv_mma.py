@@ -34,7 +34,8 @@ PROCESSORS = 132  # multiprocessors of an H100 or H200, among which the rows are
 TILE = 16  # rows
 SHARED_BYTES = 99 * 1024  # that a block may have on any GPU from sm_80 on
 SHARED_BYTES_CLUSTERS = 227 * 1024  # on those with clusters of blocks
-_CUDA_TYPE = {"float16": "half", "float32": "float"}
+CUDA_TYPE = {"float16": "half", "float32": "float"}
+"""Of outputs."""
 FEW_PHASES, MAX_PHASES = 4, 16  # of x: what is sought, and what is still worth while
 
 
@@ -246,12 +247,13 @@ def normed_plan(product: Product) -> Plan | None:
     return p if p is not None and p.phases == 1 and p.cluster == 1 else None
 
 
-def _identifier(template: str) -> str:
+def identifier(template: str) -> str:
+    """The arguments of a template as a part of a name."""
     return template.replace(", ", "_")
 
 
 @dataclass(frozen=True)
-class _Function:
+class Function:
     """A product and the device function that computes it, of `gemv_mma.cuh` or `gemv_sum.cuh`."""
 
     product: Product
@@ -263,14 +265,17 @@ class _Function:
 
     @property
     def blocks(self) -> int:
+        """Of the grid."""
         return self.product.parts(self.plan) * self.plan.cluster
 
     @property
     def threads(self) -> int:
+        """Of a block."""
         return self.plan.split * self.plan.teams * 32
 
     @property
     def shared(self) -> int:
+        """Bytes of shared memory of a block."""
         return self.product.shared(self.plan) + self.more
 
     def call(self, args: list[Any], shared: Any) -> Any:
@@ -279,8 +284,8 @@ class _Function:
 
 
 @T.inline
-def _call(f, args):
-    """A thread calls the device function `f`, a `_Function`, with `args` and shared memory."""
+def call(f, args):
+    """A thread calls the device function `f`, a `Function`, with `args` and shared memory."""
     launches_dependents()
     gemv_shared = T.alloc_buffer((f.shared,), "uint8", scope="shared.dyn")
     # Without this, nvcc keeps half of the registers free for a second block.
@@ -293,7 +298,7 @@ def _launch(f, args):
     """Blocks of which each thread does so."""
     for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
         for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
-            _call(f, args)
+            call(f, args)
 
 
 def gemv_mma(
@@ -316,8 +321,8 @@ def gemv_mma(
     product = Product(batch, out_features, in_features, group, gated)
     p, outputs = tuned, product.outputs
     template = sizes(product, tuned)
-    name = f"shardwright_gemv_{_identifier(template)}_{out_dtype}"
-    out_type = _CUDA_TYPE[out_dtype]
+    name = f"shardwright_gemv_{identifier(template)}_{out_dtype}"
+    out_type = CUDA_TYPE[out_dtype]
     source = cuda_source("gemv_mma.cuh") + (
         f"__device__ __forceinline__ void {name}(const half* x, const void* weight, "
         f"const half* scale, {out_type}* out, void* shared) {{\n"
@@ -325,7 +330,7 @@ def gemv_mma(
         f"  product<Sizes<{template}>>(PlainInput{{x}}, weight, scale, "
         f"PlainOutput<{out_type}>{{out}}, static_cast<char*>(shared));\n}}\n"
     )
-    f = _Function(product, tuned, name, source)
+    f = Function(product, tuned, name, source)
 
     if not group:
 
@@ -341,7 +346,7 @@ def gemv_mma(
                 for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
                     for _cluster in T.thread_binding(p.cluster, thread="clusterCtaIdx.x"):
                         for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
-                            _call(f, [x.data, w.data, w.data, out.data])
+                            call(f, [x.data, w.data, w.data, out.data])
 
         return gemv_mma
 
@@ -358,17 +363,17 @@ def gemv_mma(
             for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
                 for _cluster in T.thread_binding(p.cluster, thread="clusterCtaIdx.x"):
                     for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
-                        _call(f, [x.data, packed.data, scale.data, out.data])
+                        call(f, [x.data, packed.data, scale.data, out.data])
 
     return q4_gemv_mma
 
 
 def _one_token(
     kind: str, product: Product, tuned: Plan, ranks: int, out_dtype: str, first_word: int = 0
-) -> _Function:
+) -> Function:
     """The device function for a product whose x is a sum's norm, or whose result is sent."""
-    out, template = _CUDA_TYPE[out_dtype], sizes(product, tuned)
-    name = f"shardwright_gemv_{kind}_{_identifier(template)}_{ranks}_{out_dtype}"
+    out, template = CUDA_TYPE[out_dtype], sizes(product, tuned)
+    name = f"shardwright_gemv_{kind}_{identifier(template)}_{ranks}_{out_dtype}"
     exchange = "const int64_t* peers, const int* rank, int64_t place, "
     where = f"Exchange{{peers, rank, {first_word}, (int)place}}"
     if kind == "send":
@@ -393,7 +398,7 @@ __device__ __forceinline__ void {name}({given}) {{
   product<Z>({input_}, weight, scale, {output}, static_cast<char*>(shared));
 }}
 """
-    return _Function(product, tuned, name, source)
+    return Function(product, tuned, name, source)
 
 
 def add_norm_gemv_mma(

@@ -17,14 +17,14 @@ from tvm.script import tirx as T
 
 from .common import SCHEDULED, cuda_source
 from .gemv_mma import (
-    _CUDA_TYPE,
+    CUDA_TYPE,
     MAX_BATCH,
     SHARED_BYTES_CLUSTERS,
+    Function,
     Plan,
     Product,
-    _call,
-    _Function,
-    _identifier,
+    call,
+    identifier,
     plan,
     sizes,
 )
@@ -47,13 +47,13 @@ def scaled_plan(product: Product) -> Plan | None:
 
 def _several(
     kind: str, product: Product, tuned: Plan, out_dtype: str, given: str, output: str
-) -> _Function:
+) -> Function:
     """The device function for a product of several tokens with an output of `gemv_norm.cuh`.
 
     `given` are its first parameters, of which `output` is made.
     """
     template = sizes(product, tuned)
-    name = f"shardwright_gemv_{kind}_{_identifier(template)}_{out_dtype}"
+    name = f"shardwright_gemv_{kind}_{identifier(template)}_{out_dtype}"
     folder = Path(__file__).parent
     source = cuda_source("gemv_mma.cuh") + (folder / "gemv_norm.cuh").read_text()
     source += f"""
@@ -64,7 +64,7 @@ __device__ __forceinline__ void {name}(const half* x, {given}, const void* weigh
   product<Z>(PlainInput{{x}}, weight, scale, {output}, static_cast<char*>(shared));
 }}
 """
-    return _Function(product, tuned, name, source, SCALES_BYTES if kind == "norm" else 0)
+    return Function(product, tuned, name, source, SCALES_BYTES if kind == "norm" else 0)
 
 
 @T.inline
@@ -73,7 +73,7 @@ def _launch_clusters(f, args):
     for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
         for _cluster in T.thread_binding(f.plan.cluster, thread="clusterCtaIdx.x"):
             for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
-                _call(f, args)
+                call(f, args)
 
 
 def add_gemv_mma(
@@ -149,7 +149,7 @@ def norm_gemv_mma(
     [b,N]`; `gated` is as for `gemv_mma`, `tuned` is from `scaled_plan`.
     """
     product = Product(batch, out_features, in_features, group, gated)
-    out_type = _CUDA_TYPE[out_dtype]
+    out_type = CUDA_TYPE[out_dtype]
     given = f"const float* squares, float epsilon, {out_type}* out"
     output = f"NormedOutput<Z, {out_type}, {pieces}>{{squares, epsilon, {{out}}}}"
     f = _several("norm", product, tuned, out_dtype, given, output)
