@@ -10,7 +10,6 @@ and `add_peer_functions`.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
 from typing import NamedTuple
 
 import tvm
@@ -19,7 +18,7 @@ from tvm import relax
 from shardwright.compiler.fuse import Rewrite
 from shardwright.compiler.kernels import gemv_mma, gemv_norm
 from shardwright.compiler.linear import Rewriter, is_call, reads
-from shardwright.compiler.lowering.common import one_token_product
+from shardwright.compiler.lowering.common import q4_product
 from shardwright.compiler.peer import SUFFIX, SUM_PLACES, PeerState, sum_places
 from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.rules import op_name, operands_of, shape_of
@@ -50,6 +49,7 @@ class _Function:
         self.params = set(func.params)
         self.bindings = [(b.var, b.value) for b in bindings_of(func)]
         self.values = dict(self.bindings)
+        self.place = {var: i for i, (var, _) in enumerate(self.bindings)}
         self.readers: dict[relax.Var, list[tuple[relax.Var | None, relax.Expr]]] = defaultdict(list)
         for var, value in [*self.bindings, (None, func.body.body)]:
             for x in reads(value):
@@ -83,8 +83,7 @@ class _Function:
         product = _product_of(self.values[y], self.params) if self.sent(site) is not None else None
         if product is None or norm not in self.params:
             return None
-        place = {var: i for i, (var, _) in enumerate(self.bindings)}
-        there = residual in self.params or place[residual] < place[y]  # by then
+        there = residual in self.params or self.place[residual] < self.place[y]  # by then
         plan = gemv_mma.plan(product, clusters=True)
         return product.parts(plan) * plan.cluster if there and plan is not None else None
 
@@ -162,9 +161,8 @@ def _fuse_several(
             _, y, _, eps = behind[var].args
             weighted, packed, scale = map(rw.local, operands_of(call))
             squares = rw.bb.emit(relax.TupleGetItem(rw.local(y), 2))
-            gated = "gated_" if op_name(call) == _PRODUCTS[1] else ""
             operands = [weighted, squares, packed, scale, eps]
-            return _call(f"norm_q4_{gated}linear", operands, call.ty)
+            return _call(_named("norm", call), operands, call.ty)
         return None
 
     return Rewriter(func, rewrite).run(str(func.attrs["global_symbol"]))
@@ -180,8 +178,7 @@ def _fuse_all_reduces(func: relax.Function, peer: PeerState) -> relax.Function:
     if len(sent) != len(reduces) or len(sent) < SUM_PLACES:
         return func
     # Nor may a product do both, or anything run between a product that sends and its receiver.
-    place = {var: i for i, (var, _) in enumerate(f.bindings)}
-    apart = any(place[site.pair] != place[y] + 1 for site, y in zip(sites, sent, strict=True))
+    apart = any(f.place[site.pair] != f.place[y] + 1 for site, y in zip(sites, sent, strict=True))
     if apart or {site.product for site in sites} & set(sent):
         return func
     places = sum_places(len(sites))
@@ -221,9 +218,13 @@ def _run(func: relax.Function, rewrite: Rewrite, products: set[relax.Var]) -> re
 
 
 def _emit(rw: Rewriter, site: _Site, kind: str, operands: list[relax.Expr]) -> relax.Expr:
-    gated = "gated_" if op_name(site.call) == _PRODUCTS[1] else ""
     types = [site.args[0].ty, site.call.ty]
-    return _call(f"{kind}_q4_{gated}linear", operands, types)
+    return _call(_named(kind, site.call), operands, types)
+
+
+def _named(kind: str, product: relax.Call) -> str:
+    """The name of a product that also does what `kind` says."""
+    return f"{kind}_{op_name(product).removeprefix('shardwright.')}"
 
 
 def _call(name: str, args: list[relax.Expr], out: relax.Type | list[relax.Type]) -> relax.Call:
@@ -239,8 +240,8 @@ def _product_of(value: relax.Expr, params: set[relax.Var]) -> gemv_mma.Product |
     if not any(is_call(value, name) for name in _PRODUCTS):
         return None
     x, packed, scale = operands_of(value)
-    product = one_token_product(packed, scale, gated=is_call(value, _PRODUCTS[1]))
-    product = replace(product, batch=shape_of(x)[0])
+    gated = is_call(value, _PRODUCTS[1])
+    product = q4_product(packed, scale, gated=gated, batch=shape_of(x)[0])
     # x may be narrower than the weight, which has whole groups.
     if (
         shape_of(x)[1] != product.in_features

@@ -104,7 +104,7 @@ __device__ __forceinline__ void multiply(float (&sums)[128], unsigned x, unsigne
       }
     }
   }
-  asm volatile("bar.sync %0, 128;" :: "r"(1 + (int)threadIdx.x / 128) : "memory");
+  meet(1 + threadIdx.x / 128, 128);
 }
 
 __device__ __forceinline__ void finish(float (&)[128]) {}
@@ -192,8 +192,7 @@ __device__ __forceinline__ void product(
       release(before);
       // By way of shared memory: rows of 256 bytes whose pieces of 16 are permuted.
       const unsigned rows = store + warpgroup * (kOut / 2);
-      auto meet = [&] { asm volatile("bar.sync %0, 128;" :: "r"(1 + warpgroup) : "memory"); };
-      meet();  // the tile before is written
+      meet(1 + warpgroup, 128);  // the tile before is written
 #pragma unroll
       for (int j = 0; j < kFeatures / 16; ++j) {
         const float* s = sums + j * 16;  // gates and ups of 8 features, twice
@@ -203,7 +202,7 @@ __device__ __forceinline__ void product(
                         "r"(gated(s + 2, s + 6)), "r"(gated(s + 8, s + 12)),
                         "r"(gated(s + 10, s + 14)) : "memory");
       }
-      meet();
+      meet(1 + warpgroup, 128);
       half* const to = out + share.band(tile) * kFeatures + tid % 16 * 8;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {

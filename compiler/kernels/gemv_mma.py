@@ -247,14 +247,9 @@ def normed_plan(product: Product) -> Plan | None:
     return p if p is not None and p.phases == 1 and p.cluster == 1 else None
 
 
-def identifier(template: str) -> str:
-    """The arguments of a template as a part of a name."""
-    return template.replace(", ", "_")
-
-
 @dataclass(frozen=True)
 class Function:
-    """A product and the device function that computes it, of `gemv_mma.cuh` or `gemv_sum.cuh`."""
+    """A product and the device function that computes it, see `device_function`."""
 
     product: Product
     plan: Plan
@@ -283,8 +278,41 @@ class Function:
         return T.cuda.func_call(self.name, *args, shared, source_code=self.source)
 
 
+def device_function(
+    kind: str,
+    product: Product,
+    tuned: Plan,
+    out_dtype: str,
+    given: str,
+    *,
+    output: str,
+    x: str = "PlainInput{x}",
+    beside: str | None = None,
+    more: int = 0,
+) -> Function:
+    """The device function that computes a product by `product` of gemv_mma.cuh.
+
+    Its parameters are `given`, of which `x` and `output` are made, and then weight, scale and
+    shared memory, `more` bytes of it behind the product's. What else it needs is in the file
+    `beside`; `kind` tells it from others of these sizes.
+    """
+    template = sizes(product, tuned)
+    name = f"shardwright_gemv_{kind}_{template.replace(', ', '_')}_{out_dtype}"
+    source = cuda_source("gemv_mma.cuh")
+    source += Path(__file__).with_name(beside).read_text() if beside else ""
+    source += f"""
+__device__ __forceinline__ void {name}({given}, const void* weight, const half* scale,
+                                       void* shared) {{
+  using namespace shardwright_gemv;
+  using Z = Sizes<{template}>;
+  product<Z>({x}, weight, scale, {output}, static_cast<char*>(shared));
+}}
+"""
+    return Function(product, tuned, name, source, more)
+
+
 @T.inline
-def call(f, args):
+def _call(f, args):
     """A thread calls the device function `f`, a `Function`, with `args` and shared memory."""
     launches_dependents()
     gemv_shared = T.alloc_buffer((f.shared,), "uint8", scope="shared.dyn")
@@ -298,7 +326,16 @@ def _launch(f, args):
     """Blocks of which each thread does so."""
     for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
         for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
-            call(f, args)
+            _call(f, args)
+
+
+@T.inline
+def launch_clusters(f, args):
+    """Clusters of such blocks."""
+    for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
+        for _cluster in T.thread_binding(f.plan.cluster, thread="clusterCtaIdx.x"):
+            for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
+                _call(f, args)
 
 
 def gemv_mma(
@@ -319,18 +356,9 @@ def gemv_mma(
     from `plan`. Two calls give the same bits.
     """
     product = Product(batch, out_features, in_features, group, gated)
-    p, outputs = tuned, product.outputs
-    template = sizes(product, tuned)
-    name = f"shardwright_gemv_{identifier(template)}_{out_dtype}"
-    out_type = CUDA_TYPE[out_dtype]
-    source = cuda_source("gemv_mma.cuh") + (
-        f"__device__ __forceinline__ void {name}(const half* x, const void* weight, "
-        f"const half* scale, {out_type}* out, void* shared) {{\n"
-        "  using namespace shardwright_gemv;\n"
-        f"  product<Sizes<{template}>>(PlainInput{{x}}, weight, scale, "
-        f"PlainOutput<{out_type}>{{out}}, static_cast<char*>(shared));\n}}\n"
-    )
-    f = Function(product, tuned, name, source)
+    outputs, out_type = product.outputs, CUDA_TYPE[out_dtype]
+    given, output = f"const half* x, {out_type}* out", f"PlainOutput<{out_type}>{{out}}"
+    f = device_function("plain", product, tuned, out_dtype, given, output=output)
 
     if not group:
 
@@ -343,10 +371,7 @@ def gemv_mma(
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
-                    for _cluster in T.thread_binding(p.cluster, thread="clusterCtaIdx.x"):
-                        for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
-                            call(f, [x.data, w.data, w.data, out.data])
+                launch_clusters(f, [x.data, out.data, w.data, w.data])
 
         return gemv_mma
 
@@ -360,10 +385,7 @@ def gemv_mma(
         with T.sblock("root"):
             T.reads()
             T.writes()
-            for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
-                for _cluster in T.thread_binding(p.cluster, thread="clusterCtaIdx.x"):
-                    for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
-                        call(f, [x.data, packed.data, scale.data, out.data])
+            launch_clusters(f, [x.data, out.data, packed.data, scale.data])
 
     return q4_gemv_mma
 
@@ -372,33 +394,24 @@ def _one_token(
     kind: str, product: Product, tuned: Plan, ranks: int, out_dtype: str, first_word: int = 0
 ) -> Function:
     """The device function for a product whose x is a sum's norm, or whose result is sent."""
-    out, template = CUDA_TYPE[out_dtype], sizes(product, tuned)
-    name = f"shardwright_gemv_{kind}_{identifier(template)}_{ranks}_{out_dtype}"
-    exchange = "const int64_t* peers, const int* rank, int64_t place, "
+    out, exchange = CUDA_TYPE[out_dtype], "const int64_t* peers, const int* rank, int64_t place"
     where = f"Exchange{{peers, rank, {first_word}, (int)place}}"
     if kind == "send":
         given = f"const half* x, {exchange}"
-        input_, output = "PlainInput{x}", f"SentOutput<{ranks}>{{{where}}}"
+        x, output = "PlainInput{x}", f"SentOutput<{ranks}>{{{where}}}"
     else:
         given = "const half* residual, const half* y, const half* norm, half* sum, float epsilon, "
         summed = "{}, 0"
         if ranks > 1:
-            given += f"{exchange}int64_t last_place, "
+            given += f"{exchange}, int64_t last_place, "
             summed = f"{where}, (int)last_place"
-        given += f"{out}* out, "
-        input_ = f"SumInput<Z, {ranks}>{{residual, y, norm, sum, epsilon, {summed}}}"
+        given += f"{out}* out"
+        x = f"SumInput<Z, {ranks}>{{residual, y, norm, sum, epsilon, {summed}}}"
         output = f"PlainOutput<{out}>{{out}}"
-    folder = Path(__file__).parent
-    source = cuda_source("gemv_mma.cuh") + (folder / "gemv_sum.cuh").read_text()
-    given += "const void* weight, const half* scale, void* shared"
-    source += f"""
-__device__ __forceinline__ void {name}({given}) {{
-  using namespace shardwright_gemv;
-  using Z = Sizes<{template}>;
-  product<Z>({input_}, weight, scale, {output}, static_cast<char*>(shared));
-}}
-"""
-    return Function(product, tuned, name, source)
+    kind, beside = f"{kind}_{ranks}", "gemv_sum.cuh"
+    return device_function(
+        kind, product, tuned, out_dtype, given, output=output, x=x, beside=beside
+    )
 
 
 def add_norm_gemv_mma(

@@ -10,23 +10,19 @@ GPUs with clusters of blocks.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, cuda_source
+from .common import SCHEDULED
 from .gemv_mma import (
     CUDA_TYPE,
     MAX_BATCH,
     SHARED_BYTES_CLUSTERS,
-    Function,
     Plan,
     Product,
-    call,
-    identifier,
+    device_function,
+    launch_clusters,
     plan,
-    sizes,
 )
 
 MOST_TOKENS = 8
@@ -34,6 +30,8 @@ MOST_TOKENS = 8
 
 SCALES_BYTES = MAX_BATCH * 4
 """Of shared memory, for the tokens' scales behind all else."""
+
+_BESIDE = "gemv_norm.cuh"
 
 
 def scaled_plan(product: Product) -> Plan | None:
@@ -43,37 +41,6 @@ def scaled_plan(product: Product) -> Plan | None:
     p = plan(product, clusters=True)
     fits = p is not None and product.shared(p) + SCALES_BYTES <= SHARED_BYTES_CLUSTERS
     return p if fits else None
-
-
-def _several(
-    kind: str, product: Product, tuned: Plan, out_dtype: str, given: str, output: str
-) -> Function:
-    """The device function for a product of several tokens with an output of `gemv_norm.cuh`.
-
-    `given` are its first parameters, of which `output` is made.
-    """
-    template = sizes(product, tuned)
-    name = f"shardwright_gemv_{kind}_{identifier(template)}_{out_dtype}"
-    folder = Path(__file__).parent
-    source = cuda_source("gemv_mma.cuh") + (folder / "gemv_norm.cuh").read_text()
-    source += f"""
-__device__ __forceinline__ void {name}(const half* x, {given}, const void* weight,
-                                       const half* scale, void* shared) {{
-  using namespace shardwright_gemv;
-  using Z = Sizes<{template}>;
-  product<Z>(PlainInput{{x}}, weight, scale, {output}, static_cast<char*>(shared));
-}}
-"""
-    return Function(product, tuned, name, source, SCALES_BYTES if kind == "norm" else 0)
-
-
-@T.inline
-def _launch_clusters(f, args):
-    """Clusters of blocks of which each thread calls `f`."""
-    for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
-        for _cluster in T.thread_binding(f.plan.cluster, thread="clusterCtaIdx.x"):
-            for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
-                call(f, args)
 
 
 def add_gemv_mma(
@@ -87,9 +54,10 @@ def add_gemv_mma(
     to those of its sum. `tuned` is from `plan`.
     """
     product = Product(batch, out_features, in_features, group)
-    given = "const half* residual, const half* norm, half* sum, half* weighted, float* squares"
+    given = "const half* x, const half* residual, const half* norm, half* sum, half* weighted, "
+    given += "float* squares"
     output = "AddedOutput<Z>{residual, norm, sum, weighted, squares}"
-    f = _several("add", product, tuned, "float16", given, output)
+    f = device_function("add", product, tuned, "float16", given, output=output, beside=_BESIDE)
 
     @T.prim_func(s_tir=True)
     def add_gemv_mma(
@@ -114,7 +82,7 @@ def add_gemv_mma(
         with T.sblock("root"):
             T.reads()
             T.writes()
-            _launch_clusters(
+            launch_clusters(
                 f,
                 [
                     x.data,
@@ -150,9 +118,11 @@ def norm_gemv_mma(
     """
     product = Product(batch, out_features, in_features, group, gated)
     out_type = CUDA_TYPE[out_dtype]
-    given = f"const float* squares, float epsilon, {out_type}* out"
+    given = f"const half* x, const float* squares, float epsilon, {out_type}* out"
     output = f"NormedOutput<Z, {out_type}, {pieces}>{{squares, epsilon, {{out}}}}"
-    f = _several("norm", product, tuned, out_dtype, given, output)
+    f = device_function(
+        "norm", product, tuned, out_dtype, given, output=output, beside=_BESIDE, more=SCALES_BYTES
+    )
 
     @T.prim_func(s_tir=True)
     def norm_gemv_mma(
@@ -171,7 +141,7 @@ def norm_gemv_mma(
         with T.sblock("root"):
             T.reads()
             T.writes()
-            _launch_clusters(
+            launch_clusters(
                 f,
                 [
                     weighted.data,

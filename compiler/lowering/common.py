@@ -114,7 +114,9 @@ def packing_of(
     ), columns
 
 
-def one_token_product(packed: relax.Expr, scale: relax.Expr, gated: bool) -> gemv_mma.Product:
-    """The product of one token with a four-bit weight uint32 [N, K/8], scale [N, K/group]."""
+def q4_product(
+    packed: relax.Expr, scale: relax.Expr, *, gated: bool, batch: int = 1
+) -> gemv_mma.Product:
+    """The product of tokens with a four-bit weight uint32 [N, K/8], scale [N, K/group]."""
     rows, words = shape_of(packed)
-    return gemv_mma.Product(1, rows, words * 8, words * 8 // shape_of(scale)[1], gated)
+    return gemv_mma.Product(batch, rows, words * 8, words * 8 // shape_of(scale)[1], gated)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import tvm
@@ -24,8 +23,8 @@ from shardwright.compiler.kernels import (
 from shardwright.compiler.lowering.common import (
     GEMV_MAX_BATCH,
     Kernels,
-    one_token_product,
     packing_of,
+    q4_product,
     tokens_of,
     value_of,
 )
@@ -155,15 +154,9 @@ def lower_add_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) 
 def lower_add_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     """A four-bit product of several tokens and the residual's sum with it, in one kernel."""
     x, packed, scale, *_ = args
-    product = replace(one_token_product(packed, scale, gated=False), batch=shape_of(x)[0])
-    kernel = k.kernel(
-        gemv_norm.add_gemv_mma,
-        batch=product.batch,
-        out_features=product.out_features,
-        in_features=product.in_features,
-        group=product.group,
-        tuned=gemv_mma.plan(product, clusters=True),
-    )
+    product = q4_product(packed, scale, gated=False, batch=shape_of(x)[0])
+    shapes = _planned(product, gemv_mma.plan(product, clusters=True))
+    kernel = k.kernel(gemv_norm.add_gemv_mma, batch=product.batch, **shapes)
     return relax.call_tir(kernel, args, list(call.ty.fields))
 
 
@@ -171,19 +164,15 @@ def lower_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> r
     """A four-bit product of the norms of several tokens, from what `lower_add_linear` leaves."""
     *tensors, eps = args
     x, squares, packed, scale = tensors
-    gated = op_name(call).endswith("gated_linear")
-    product = replace(one_token_product(packed, scale, gated), batch=shape_of(x)[0])
+    product = q4_product(packed, scale, gated=_is_gated(call), batch=shape_of(x)[0])
     kernel = k.kernel(
         gemv_norm.norm_gemv_mma,
         batch=product.batch,
-        out_features=product.out_features,
-        in_features=product.in_features,
+        **_planned(product, gemv_norm.scaled_plan(product)),
         out_dtype=str(call.ty.dtype),
-        tuned=gemv_norm.scaled_plan(product),
-        group=product.group,
         eps=value_of(eps),
         pieces=shape_of(squares)[1],
-        gated=gated,
+        gated=product.gated,
     )
     return relax.call_tir(kernel, tensors, call.ty)
 
@@ -191,13 +180,10 @@ def lower_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> r
 def lower_send_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     """A four-bit product of one token whose result goes to all ranks, as a summand."""
     *operands, first = args
-    product = one_token_product(operands[1], operands[2], gated=False)
+    product = q4_product(operands[1], operands[2], gated=False)
     kernel = k.kernel(
         gemv_mma.send_gemv_mma,
-        out_features=product.out_features,
-        in_features=product.in_features,
-        group=product.group,
-        tuned=gemv_mma.plan(product, clusters=True),
+        **_planned(product, gemv_mma.plan(product, clusters=True)),
         ranks=shape_of(operands[3])[0] - 1,
         first_word=value_of(first),
     )
@@ -220,15 +206,24 @@ def lower_sum_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) 
 
 
 def _normed_shapes(call: relax.Call, packed: relax.Expr, scale: relax.Expr) -> dict[str, Any]:
-    product = one_token_product(packed, scale, gated=op_name(call).endswith("gated_linear"))
+    product = q4_product(packed, scale, gated=_is_gated(call))
+    out_dtype = str(call.ty.fields[1].dtype)
+    shapes = _planned(product, gemv_mma.normed_plan(product))
+    return shapes | {"out_dtype": out_dtype, "gated": product.gated}
+
+
+def _planned(product: gemv_mma.Product, tuned: gemv_mma.Plan | None) -> dict[str, Any]:
+    """What the kernels of few tokens around norms all take."""
     return {
         "out_features": product.out_features,
         "in_features": product.in_features,
-        "out_dtype": str(call.ty.fields[1].dtype),
-        "tuned": gemv_mma.normed_plan(product),
         "group": product.group,
-        "gated": product.gated,
+        "tuned": tuned,
     }
+
+
+def _is_gated(call: relax.Call) -> bool:
+    return op_name(call).endswith("gated_linear")
 
 
 def lower_take_columns(k: Kernels, _call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
