@@ -16,9 +16,9 @@ import tvm
 from tvm import relax
 
 from shardwright.compiler.fuse import Rewrite
-from shardwright.compiler.kernels import gemv_mma, gemv_norm
+from shardwright.compiler.kernels import gemv_mma, gemv_norm, gemv_sum
 from shardwright.compiler.linear import Rewriter, is_call, reads
-from shardwright.compiler.lowering.common import q4_product
+from shardwright.compiler.lowering.common import product_of
 from shardwright.compiler.peer import SUFFIX, SUM_PLACES, PeerState, sum_places
 from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.rules import op_name, operands_of, shape_of
@@ -29,7 +29,8 @@ _DECODE = "decode_"
 _ONE = "decode_1"
 _ADD_NORM = "shardwright.add_rms_norm"
 _REDUCE_ADD_NORM = "shardwright.peer_all_reduce_add_rms_norm"
-_PRODUCTS = ("shardwright.q4_linear", "shardwright.q4_gated_linear")
+_PRODUCTS = ("shardwright.linear", "shardwright.q4_linear")
+_GATED_PRODUCTS = ("shardwright.gated_linear", "shardwright.q4_gated_linear")
 
 
 class _Site(NamedTuple):
@@ -74,8 +75,7 @@ class _Function:
         """The product that makes the summands of a site and nothing else, if it can send them."""
         y = site.args[1]
         value = self.values.get(y)
-        alone = len(self.readers[y]) == 1 and is_call(value, _PRODUCTS[0])
-        return y if alone and _sends(value, self.params) else None
+        return y if len(self.readers[y]) == 1 and _sends(value, self.params) else None
 
     def added(self, site: _Site) -> int | None:
         """Blocks of the product in front of a site, if it can add the residual."""
@@ -91,16 +91,18 @@ class _Function:
 def fuse_norm(mod: tvm.IRModule, peer: PeerState | None) -> tvm.IRModule:
     """`mod` with the norms of its functions of few rows fused, for GPUs with clusters.
 
-    Of one row `shardwright.add_norm_q4_linear(x, y, norm, packed, scale, eps) -> (x + y, product)`,
-    or `add_norm_q4_gated_linear`. Of several `add_q4_linear(x, packed, scale, residual, norm) ->
-    (sum, weighted, squares)` in front of the norm and `norm_q4_linear(weighted, squares, packed,
-    scale, eps) -> product`, or `norm_q4_gated_linear`, behind it; see `gemv_norm.add_gemv_mma`.
-    With several ranks and one row, `send_q4_linear(x, packed, scale, peers, rank, place, first) ->
-    done [1]` and `sum_norm_q4_linear(residual, norm, packed, scale, done, x, peers, rank, place,
-    last_place, eps, first)`, or gated. `done` and `x`, what the product in
-    front multiplies, are not read: the one keeps the order of the two, the other its memory from
-    being used anew, since the second kernel begins while the first still runs. `place` is one of
-    `peer.SUM_PLACES`, `last_place` that of the sum before; `first` is `PeerState.sums_at`.
+    Of one row `shardwright.add_norm_linear(x, y, norm, weight, eps) -> (x + y, product)`, or
+    `add_norm_gated_linear`. With several ranks, `send_linear(x, weight, peers, rank, place, first)
+    -> done [1]` and `sum_norm_linear(residual, norm, weight, done, x, peers, rank, place,
+    last_place, eps, first)`, or gated. `done` and `x`, what the product in front multiplies, are
+    not read: the one keeps the order of the two, the other its memory from being used anew, since
+    the second kernel begins while the first still runs. `place` is one of `peer.SUM_PLACES`,
+    `last_place` that of the sum before; `first` is `PeerState.sums_at`. With four bits these names
+    have `q4_linear` or `q4_gated_linear`, and `packed, scale` is the weight.
+
+    Of several rows, with four bits, `add_q4_linear(x, packed, scale, residual, norm) -> (sum,
+    weighted, squares)` in front of the norm and `norm_q4_linear(weighted, squares, packed, scale,
+    eps) -> product`, or `norm_q4_gated_linear`, behind it; see `gemv_norm.add_gemv_mma`.
     """
     functions = dict(mod.functions_items())
     for gv, func in mod.functions_items():
@@ -126,8 +128,8 @@ def _fuse_add_norms(func: relax.Function, one: bool) -> relax.Function:
         if var not in sites:
             return None
         x, y, norm, eps = sites[var].args
-        _, packed, scale = operands_of(sites[var].call)
-        operands = [*map(rw.local, (x, y, norm, packed, scale)), eps]
+        weight = operands_of(sites[var].call)[1:]
+        operands = [*map(rw.local, (x, y, norm, *weight)), eps]
         return _emit(rw, sites[var], "add_norm", operands)
 
     return _run(func, rewrite, {site.product for site in sites.values()})
@@ -192,13 +194,13 @@ def _fuse_all_reduces(func: relax.Function, peer: PeerState) -> relax.Function:
             place = relax.prim_value(places[by_sent[var]])
             tensors = map(rw.local, (*operands_of(call), peers, rank))
             done = relax.TensorType([1], "int32")
-            return _call("send_q4_linear", [*tensors, place, at], done)
+            return _call(_named("send", call), [*tensors, place, at], done)
         if var in by_pair:
             number = by_pair[var]
             residual, y, norm, peers, _calls, rank, eps = sites[number].args
-            _, packed, scale = operands_of(sites[number].call)
+            weight = operands_of(sites[number].call)[1:]
             x = operands_of(f.values[y])[0]
-            tensors = map(rw.local, (residual, norm, packed, scale, y, x, peers, rank))
+            tensors = map(rw.local, (residual, norm, *weight, y, x, peers, rank))
             # Before the first sum came the last one of another step.
             both = (relax.prim_value(places[i]) for i in (number, number - 1))
             operands = [*tensors, *both, eps, at]
@@ -236,17 +238,17 @@ def _is_item(value: relax.Expr) -> bool:
 
 
 def _product_of(value: relax.Expr, params: set[relax.Var]) -> gemv_mma.Product | None:
-    """The sizes of a four-bit product of few tokens in float16, None for any other."""
-    if not any(is_call(value, name) for name in _PRODUCTS):
+    """The sizes of a product of few tokens in float16, None for any other call."""
+    gated = any(is_call(value, name) for name in _GATED_PRODUCTS)
+    if not gated and not any(is_call(value, name) for name in _PRODUCTS):
         return None
-    x, packed, scale = operands_of(value)
-    gated = is_call(value, _PRODUCTS[1])
-    product = q4_product(packed, scale, gated=gated, batch=shape_of(x)[0])
-    # x may be narrower than the weight, which has whole groups.
+    x, *weight = operands_of(value)
+    product = product_of(weight, gated=gated, batch=shape_of(x)[0])
+    # x may be narrower than a four-bit weight, which has whole groups.
     if (
         shape_of(x)[1] != product.in_features
         or str(x.ty.dtype) != "float16"
-        or not {packed, scale} <= params
+        or not {*weight} <= params
     ):
         return None
     return product
@@ -257,7 +259,7 @@ def _fits(value: relax.Expr, normed: relax.Var, params: set[relax.Var]) -> bool:
     product = _product_of(value, params)
     if product is None or operands_of(value)[0] != normed:
         return False
-    plan = gemv_mma.normed_plan if product.batch == 1 else gemv_norm.scaled_plan
+    plan = gemv_sum.normed_plan if product.batch == 1 else gemv_norm.scaled_plan
     return plan(product) is not None
 
 
@@ -265,6 +267,7 @@ def _sends(value: relax.Expr, params: set[relax.Var]) -> bool:
     product = _product_of(value, params)
     return (
         product is not None
+        and not product.gated
         and str(value.ty.dtype) == "float16"
-        and gemv_mma.plan(product, clusters=True) is not None
+        and gemv_sum.sent_plan(product) is not None
     )

@@ -30,6 +30,9 @@ from shardwright.compiler.rules import op_name, operands_of
 EXPERTS = ("", "local_", "biased_", "biased_local_", "biased_split_")
 """Kinds of operations on experts, see `rules.ABSTRACT_RULES`."""
 
+PRODUCTS = ("linear", "gated_linear", "q4_linear", "q4_gated_linear")
+"""Those that a residual sum and a norm can become part of, see `fuse_norm`."""
+
 LOWERINGS: dict[str, Lowering] = {
     "shardwright.rotary_table": attention.lower_rotary_table,
     "shardwright.rotary_table_long": attention.lower_rotary_table_long,
@@ -44,14 +47,13 @@ LOWERINGS: dict[str, Lowering] = {
     "shardwright.quantized_linear": products.lower_quantized_linear,
     "shardwright.gated_linear": products.lower_gated_linear,
     "shardwright.q4_gated_linear": products.lower_gated_linear,
-    "shardwright.add_norm_q4_linear": products.lower_add_norm_linear,
-    "shardwright.add_norm_q4_gated_linear": products.lower_add_norm_linear,
+    **{f"shardwright.add_norm_{kind}": products.lower_add_norm_linear for kind in PRODUCTS},
+    **{f"shardwright.sum_norm_{kind}": products.lower_sum_norm_linear for kind in PRODUCTS},
+    "shardwright.send_linear": products.lower_send_linear,
     "shardwright.add_q4_linear": products.lower_add_linear,
     "shardwright.norm_q4_linear": products.lower_norm_linear,
     "shardwright.norm_q4_gated_linear": products.lower_norm_linear,
     "shardwright.send_q4_linear": products.lower_send_linear,
-    "shardwright.sum_norm_q4_linear": products.lower_sum_norm_linear,
-    "shardwright.sum_norm_q4_gated_linear": products.lower_sum_norm_linear,
     "shardwright.take_columns": products.lower_take_columns,
     "shardwright.embed": embedding.lower_embed,
     "shardwright.q4_embed": embedding.lower_q4_embed,

@@ -205,14 +205,15 @@ def add_rms_norm(before: list[Any], after: list[Any], note: Note) -> Pairs:
 
 
 def add_norm_product(before: list[Any], after: list[Any], note: Note) -> Pairs:
-    """`(residual, y, norm, packed, scale) -> (sum, product of its norm)`, gated where noted."""
-    total = (after[5], wide(before[0]) + wide(before[1]))
-    return [total, _product_of_norm(before[2], before[3:5], after[5:], note)]
+    """`(residual, y, norm, *weight) -> (sum, product of its norm)`, gated where noted."""
+    total = (after[-2], wide(before[0]) + wide(before[1]))
+    return [total, _product_of_norm(before[2:-2], after[-2:], note)]
 
 
 def sum_norm_product(before: list[Any], after: list[Any], note: Note) -> Pairs:
-    """`(residual, norm, packed, scale, ...) -> (sum, product)`, the summands being elsewhere."""
-    return [_product_of_norm(before[1], before[2:4], after[-2:], note)]
+    """`(residual, norm, *weight, ...) -> (sum, product)`, the summands being elsewhere."""
+    weight_ends = 4 if before[2].dtype == np.uint32 else 3
+    return [_product_of_norm(before[1:weight_ends], after[-2:], note)]
 
 
 def norm_product(before: list[Any], after: list[Any], note: Note) -> Pairs:
@@ -237,13 +238,14 @@ def add_product(before: list[Any], after: list[Any], note: Note) -> Pairs:
 
 
 def _product_of_norm(
-    norm: Array, operands: list[Array], results: list[Array], note: Note
+    operands: list[Array], results: list[Array], note: Note
 ) -> tuple[Array, Array]:
     """The product with the norm of the sum as it was rounded: what is, and what should be."""
+    norm, *weight = operands
     total, found = results
     scale = 1 / np.sqrt((wide(total) ** 2).mean(1, keepdims=True) + note["eps"])
     x = (wide(total) * scale * wide(norm)).astype(np.float16)
-    return matmul([x, *operands, found], [found], note)[0]
+    return matmul([x, *weight, found], [found], note)[0]
 
 
 def rms_norm(before: list[Any], after: list[Any], note: Note) -> Pairs:
@@ -312,8 +314,9 @@ REFERENCES: dict[str, Reference] = {
     "gated_gemm": gated_matmul,
     "gemv": matmul,
     "gemv_mma": matmul,
-    "add_norm_gemv_mma": add_norm_product,
-    "sum_norm_gemv_mma": sum_norm_product,
+    "gemv_rows": matmul,
+    "add_norm_gemv": add_norm_product,
+    "sum_norm_gemv": sum_norm_product,
     "add_gemv_mma": add_product,
     "norm_gemv_mma": norm_product,
     "q4_gemv": matmul,

@@ -203,12 +203,19 @@ def tuning(case: dict[str, Any]) -> list[dict[str, Any]]:
 
 def product_kernel(case: dict[str, Any]) -> Any:
     """The kernel that the compiler would take, or another that `case` asks for; None if none is."""
-    from shardwright.compiler.kernels import gemv, gemv_mma, q4_batch
+    from shardwright.compiler.kernels import gemv, gemv_mma, gemv_rows, q4_batch
 
     sizes = dict(batch=case["batch"], out_features=case["n"], in_features=case["k"])
     group = case.get("group", 32) if case["kind"] == Q4 else 0
     gated = case.get("gated", False)
     product = gemv_mma.Product(**sizes, group=group, gated=gated)
+    rows = None if case.get("plain") or case.get("plan") else gemv_rows.plan(product)
+    if rows is not None:
+        case["used"] = list(dataclasses.astuple(rows))
+        del sizes["batch"]
+        return gemv_rows.gemv_rows(
+            **sizes, out_dtype="float16", group=group, gated=gated, tuned=rows
+        )
     plan = None if case.get("plain") else gemv_mma.plan(product, clusters=True)
     if case.get("plan"):
         chosen = gemv_mma.Plan(*case["plan"])

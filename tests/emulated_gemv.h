@@ -43,6 +43,10 @@ inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return
 inline unsigned __vmaxu2(unsigned x, unsigned y) {
   return max(x & 0xffff, y & 0xffff) | max(x >> 16, y >> 16) << 16;
 }
+inline int dot(unsigned codes, unsigned x, int sum) {
+  for (int i = 0; i < 32; i += 8) sum += (int)(codes >> i & 255) * (signed char)(x >> i & 255);
+  return sum;
+}
 inline unsigned __dp2a_lo(unsigned x, unsigned bytes, unsigned sum) {
   return sum + (x & 0xffff) * (bytes & 255) + (x >> 16) * (bytes >> 8 & 255);
 }
@@ -61,9 +65,11 @@ struct Warp {
   const char* rows[32];
   unsigned w[32][4], x[32][2];
 };
+struct Meeting { std::atomic<int> here = 0, turn = 0; };
 struct Block {
   explicit Block(int threads, size_t bytes) : meet(threads), shared(bytes), warps(threads / 32) {}
   std::barrier<> meet;
+  Meeting meetings[16];
   std::vector<uint4> shared;  // for its alignment, more than needed
   std::vector<Warp> warps;
 };
@@ -90,6 +96,12 @@ namespace shardwright {
 inline void wait_for_inputs() {}
 inline void launch_dependents() {}
 inline void cluster_meet() { cluster->meet->arrive_and_wait(); }
+inline void meet(int barrier, int threads) {
+  Meeting& m = block->meetings[barrier];
+  const int turn = m.turn;
+  if (++m.here == threads) m.here = 0, ++m.turn;
+  else while (m.turn == turn) std::this_thread::yield();
+}
 // The phase, arrivals of it to come, of each, and bytes expected that have not come.
 struct Phase { std::atomic<short> phase; signed char left, arrivals; int bytes; };
 static_assert(sizeof(Phase) == sizeof(uint64_t));
@@ -106,6 +118,7 @@ inline void phase_change(uint64_t* barrier, int arrivals, int bytes) {
   p.left -= arrivals, p.bytes += bytes;
   if (p.left == 0 && p.bytes == 0) p.left = p.arrivals, ++p.phase;
 }
+inline void phase_arrive(uint64_t* barrier) { phase_change(barrier, 1, 0); }
 inline void phases_started() {}
 inline void fence_copies() {}
 inline void phase_wait(uint64_t* barrier, int parity) {

@@ -11,7 +11,7 @@ from tvm import relax
 
 from shardwright.compiler import cuda, fuse
 from shardwright.compiler.fuse_norm import FUSE_NORM_PASS, fuse_norm
-from shardwright.compiler.kernels import gemv_mma, gemv_norm
+from shardwright.compiler.kernels import gemv_mma, gemv_norm, gemv_sum
 from shardwright.compiler.lower import lower_abstract
 from shardwright.compiler.peer import SUM_PLACES, add_peer_functions, peer_state, sum_places
 from shardwright.compiler.program import partition_program
@@ -61,33 +61,46 @@ def changed(before, after):
     return found
 
 
+SCHEMES = [("q4f16_1", "q4_"), ("q0f16", "")]
+"""A scheme of quantization and what names of its products begin with."""
+
+
+def kernels_of(func):
+    """The kernels that a function calls, in order."""
+    found = [b.value for b in bindings_of(func) if isinstance(b.value, relax.Call)]
+    return [
+        c.args[0].name_hint for c in found if c.args and isinstance(c.args[0], tvm.ir.GlobalVar)
+    ]
+
+
 def item(func, var):
     """The tuple and the place in it that a variable is taken from."""
     (value,) = [b.value for b in bindings_of(func) if b.var == var]
     return value.tuple_value, value.index
 
 
-def test_one_rank_adds_and_norms_in_front_of_its_products():
-    before, after, _ = fused(CONFIG, 1)
-    assert changed(before, after) == {"decode_1", "decode_2"}
+@pytest.mark.parametrize("scheme, kind", SCHEMES)
+def test_one_rank_adds_and_norms_in_front_of_its_products(scheme, kind):
+    before, after, _ = fused(CONFIG, 1, scheme)
+    assert changed(before, after) == {"decode_1", *(["decode_2"] if kind else [])}
     func = after["decode_1"]
     found = calls(func)
-    layer = ["append_attention_joined", "relax.reshape", "q4_linear", "add_norm_q4_gated_linear"]
-    layer += ["q4_linear", "add_norm_q4_linear"]
+    layer = ["append_attention_joined", "relax.reshape", f"{kind}linear"]
+    layer += [f"add_norm_{kind}gated_linear", f"{kind}linear", f"add_norm_{kind}linear"]
     names = [name for name, _, _ in found]
     start = names.index("relax.nn.rms_norm")
     assert names[start:] == [
-        *("relax.nn.rms_norm", "q4_linear"), *layer * 3, "store_logits", "sample"
+        *("relax.nn.rms_norm", f"{kind}linear"), *layer * 3, "store_logits", "sample"
     ]  # fmt: skip
     pairs = [x for x in found if x[0].startswith("add_norm")]
     residual = found[start][2][0]
-    for i, (_, pair, (x, y, norm, packed, scale, eps)) in enumerate(pairs):
+    for i, (_, pair, (x, y, norm, weight, *scale, eps)) in enumerate(pairs):
         at = [v for _, v, _ in found].index(pair)
         assert y == found[at - 1][1]  # the product in front
         # The sum goes on from pair to pair.
         assert x == residual if i == 0 else item(func, x) == (pairs[i - 1][1], 0)
-        assert eps.value == 1e-5 and packed.name.removesuffix("q4") == scale.name[:-5]
-        assert "norm" in norm.name
+        assert eps.value == 1e-5 and "norm" in norm.name
+        assert [s.name[:-5] for s in scale] == [weight.name.removesuffix("q4")] * (kind != "")
         # And the product to what reads it.
         reader = found[at + 1][2][0]
         assert item(func, reader) == (pair, 1)
@@ -120,30 +133,32 @@ def test_several_rows_add_behind_products_and_scale_those_behind_norms():
     assert str(products[-1][0].ty.dtype) == "float32" and "lm_head" in products[-1][1][2].name
 
 
+@pytest.mark.parametrize("scheme, kind", SCHEMES)
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_several_ranks_send_and_sum(ranks):
-    before, after, peer = fused(CONFIG, ranks)
+def test_several_ranks_send_and_sum(ranks, scheme, kind):
+    before, after, peer = fused(CONFIG, ranks, scheme)
     assert changed(before, after) == {"decode_1_peer"}
     func = after["decode_1_peer"]
     found = calls(func)
     names = [name for name, _, _ in found]
     start = names.index("relax.nn.rms_norm")
-    layer = ["append_attention_joined", "relax.reshape", "send_q4_linear"]
-    layer += ["sum_norm_q4_gated_linear", "send_q4_linear", "sum_norm_q4_linear"]
+    layer = ["append_attention_joined", "relax.reshape", f"send_{kind}linear"]
+    layer += [f"sum_norm_{kind}gated_linear", f"send_{kind}linear", f"sum_norm_{kind}linear"]
     assert names[start - 1 :] == [
-        *("peer_all_reduce", "relax.nn.rms_norm", "q4_linear"), *layer * 3,
+        *("peer_all_reduce", "relax.nn.rms_norm", f"{kind}linear"), *layer * 3,
         *("peer_store_logits", "sample"),
     ]  # fmt: skip
-    sends = [x for x in found if x[0] == "send_q4_linear"]
+    sends = [x for x in found if x[0] == f"send_{kind}linear"]
     sums = [x for x in found if x[0].startswith("sum_norm")]
     residual = found[start][2][0]
     places = [0, 1, 2, 3, 4, 5]
     for i, ((_, sent, send), (_, _pair, args)) in enumerate(zip(sends, sums, strict=True)):
-        x, _, _, *exchange, place, first = send
-        assert [t.name for t in exchange] == ["peers", "rank"]
+        x, weight, *scale, peers, at, place, first = send
+        assert (peers.name, at.name) == ("peers", "rank")
+        assert [s.name[:-5] for s in scale] == [weight.name.removesuffix("q4")] * (kind != "")
         assert (place.value, first.value) == (places[i], peer.sums_at)
-        old, norm, _packed, _scale, done, held, *exchange, place, last, eps, first = args
-        assert [t.name for t in exchange] == ["peers", "rank"]
+        old, norm, *_weight, done, held, peers, at, place, last, eps, first = args
+        assert (peers.name, at.name) == ("peers", "rank")
         assert (place.value, last.value, first.value) == (places[i], places[i - 1], peer.sums_at)
         assert done == sent and held == x and eps.value == 1e-5 and "norm" in norm.name
         assert old == residual if i == 0 else item(func, old) == (sums[i - 1][1], 0)
@@ -171,8 +186,9 @@ def test_all_of_several_ranks_or_none():
     assert names.count("add_rms_norm") == 3
 
 
-def test_plain_weights_keep_their_norms():
-    before, after, _ = fused(CONFIG, 1, "q0f16")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_in_float32_keep_their_norms(ranks):
+    before, after, _ = fused(CONFIG, ranks, "q0f32")
     assert not changed(before, after)
 
 
@@ -204,34 +220,59 @@ def test_only_gpus_with_clusters_have_the_kernels(arch, disabled):
     with target, without_source_context():
         mod = lower_abstract(before, target, disabled=frozenset([FUSE_NORM_PASS] * disabled))
     names = {gv.name_hint for gv in mod.get_global_vars()}
-    for kind in ("add_norm", "add", "norm"):
-        found = any(n.startswith(f"{kind}_gemv_mma") for n in names)
+    for kind in ("add_norm_gemv", "add_gemv_mma", "norm_gemv_mma"):
+        found = any(n.startswith(kind) for n in names)
         assert found == (arch == "sm_90a" and not disabled)
 
 
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90a", "sm_120"])
+@pytest.mark.parametrize("disabled", [False, True])
+def test_only_gpus_with_clusters_stream_rows(arch, disabled):
+    before, _, _ = fused(CONFIG, 1, "q0f16")
+    target = cuda.cuda_target((arch,))
+    with target, without_source_context():
+        mod = lower_abstract(before, target, disabled=frozenset([FUSE_NORM_PASS] * disabled))
+    names = [n.split("_kernel")[0] for n in kernels_of(mod["decode_1"])]
+    products = [n for n in names if "gemv" in n]
+    assert len(products) == 4 * CONFIG["num_hidden_layers"] + 1
+    rows = {"gemv_rows"} if disabled else {"gemv_rows", "add_norm_gemv"}
+    assert {*products} == (rows if arch == "sm_90a" else {"gemv"})
+    assert ("add_rms_norm" in names) == (arch != "sm_90a" or disabled)
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_the_kernels_compile():
-    product = gemv_mma.Product(1, 96, 256, 32, True)
-    sizes = {"group": 32, "in_features": 256}
-    normed = sizes | {"out_features": 96, "tuned": gemv_mma.normed_plan(product), "eps": 1e-5}
+@pytest.mark.parametrize("group", [0, 32])
+def test_the_kernels_of_one_token_compile(group):
+    product = gemv_mma.Product(1, 96, 256, group, True)
+    sizes = {"group": group, "in_features": 256}
+    normed = sizes | {"out_features": 96, "tuned": gemv_sum.normed_plan(product), "eps": 1e-5}
     peers = {"ranks": 2, "first_word": 64}
-    plain = gemv_mma.plan(gemv_mma.Product(1, 256, 256, 32), clusters=True)
+    plain = gemv_sum.sent_plan(gemv_mma.Product(1, 256, 256, group))
+    compiled(
+        add=gemv_sum.add_norm_gemv(**normed, out_dtype="float16", gated=True),
+        sum=gemv_sum.sum_norm_gemv(**normed, **peers, out_dtype="float32", sent_features=64),
+        send=gemv_sum.send_gemv(**sizes, **peers, out_features=256, tuned=plain),
+    )
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_kernels_of_several_tokens_compile():
+    sizes = {"group": 32, "in_features": 256}
     several = gemv_mma.Product(7, 96, 256, 32)
     of_several = sizes | {"batch": 7, "out_features": 96}
     scaled = gemv_norm.scaled_plan(several)
-    kernels = {
-        "norm_several": gemv_norm.norm_gemv_mma(
+    compiled(
+        norm_several=gemv_norm.norm_gemv_mma(
             **of_several, tuned=scaled, eps=1e-5, pieces=132, out_dtype="float32"
         ),
-        "add_several": gemv_norm.add_gemv_mma(
+        add_several=gemv_norm.add_gemv_mma(
             **of_several, tuned=gemv_mma.plan(several, clusters=True)
         ),
-        "add": gemv_mma.add_norm_gemv_mma(**normed, out_dtype="float16", gated=True),
-        "sum": gemv_mma.sum_norm_gemv_mma(
-            **normed, **peers, out_dtype="float32", sent_features=64
-        ),
-        "send": gemv_mma.send_gemv_mma(**sizes, **peers, out_features=256, tuned=plain),
-    }  # fmt: skip
+    )
+
+
+def compiled(**kernels):
+    """Compile kernels by their names."""
     target = cuda.cuda_target(("sm_90a",))
     cuda.install_hook(("sm_90a",))
     with target:
@@ -255,6 +296,9 @@ def test_references():
     add = [residual, y, norm, packed, scale, total, gated]
     exchange = [np.zeros(1), y, np.zeros(3), np.zeros(1), np.zeros(1), 0]
     several = [residual, norm, packed, scale, *exchange, total, gated]
+    dense = ((codes - 7.0) * np.repeat(scale.astype(np.float64), 32, 1)).astype(np.float16)
+    gate, up = x @ dense[:3].T.astype(np.float64), x @ dense[3:].T.astype(np.float64)
+    plain = [dense, *exchange, total, (gate / (1 + np.exp(-gate)) * up).astype(np.float16)]
     weighted = (wide * norm / 16).astype(np.float16)
     squares = np.array([[(wide**2).sum() / 4, (wide**2).sum() * 3 / 4]], np.float32)
     product = x @ ((codes - 7.0) * np.repeat(scale.astype(np.float64), 32, 1)).T
@@ -263,8 +307,10 @@ def test_references():
     parts = np.array([[(sums.astype(np.float64) ** 2).sum(), 0]], np.float32)
     added = [x.astype(np.float16), packed, scale, behind, by[0], sums, sums * by / 16, parts]
     for name, args in (
-        ("add_norm_gemv_mma_kernel2", add),
-        ("sum_norm_gemv_mma_kernel", several),
+        ("add_norm_gemv_kernel2", add),
+        ("sum_norm_gemv_kernel", several),
+        ("add_norm_gemv_kernel", [residual, y, norm, dense, *plain[-2:]]),
+        ("sum_norm_gemv_kernel1", [residual, norm, *plain]),
         ("norm_gemv_mma_kernel", [weighted, squares, packed, scale, gated]),
         ("add_gemv_mma_kernel1", added),
     ):

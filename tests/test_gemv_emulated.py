@@ -1,6 +1,6 @@
-"""Products of few tokens on tensor cores, their CUDA code run by a CPU's threads.
+"""Products of few tokens, their CUDA code run by a CPU's threads.
 
-`emulated_gemv.h` has the meaning of the instructions that gemv_mma.cuh asks for.
+`emulated_gemv.h` has the meaning of the instructions that gemv_mma.cuh and gemv_rows.cuh ask for.
 """
 
 import ctypes
@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shardwright.compiler.kernels import gemv_mma, gemv_norm
+from shardwright.compiler.kernels import gemv_mma, gemv_norm, gemv_rows
 from shardwright.compiler.kernels.gemv_mma import Plan, Product
+from shardwright.compiler.kernels.gemv_rows import Plan as Rows
 
 # Rows that fill no tile, a tail of the inner dimension, several tiles, teams and phases, clusters.
 CASES = {
@@ -29,6 +30,20 @@ CASES = {
     "q4, gated, 16 tokens, cluster": (Product(16, 96, 2048, 32, True), Plan(128, 2, 2, 2, 2, 2)),
     "q4, 12 tokens, phases": (Product(12, 44, 1088, 32), Plan(128, 1, 2, 1, 2, 1, 2)),
     "q4, group 128": (Product(8, 33, 768, 128), Plan(128, 1, 4, 1, 2)),
+    # Rings that are used again, threads without a piece, several rows at once.
+    "rows": (Product(1, 45, 512), Rows(64, 2, 3, 2)),
+    "rows, threads without a piece": (Product(1, 37, 328), Rows(32, 1, 4, 2)),
+    "rows, few": (Product(1, 3, 264), Rows(64, 2, 1, 1)),
+    "rows, four at once": (Product(1, 75, 256), Rows(128, 2, 2, 1)),
+    "rows, gated": (Product(1, 46, 576, 0, True), Rows(96, 2, 4, 2)),
+    "rows, gated, two at once": (Product(1, 94, 256, 0, True), Rows(64, 4, 3, 2)),
+    "rows, q4": (Product(1, 45, 1024, 32), Rows(32, 2, 3, 2)),
+    "rows, q4, two pieces of a thread, some without": (Product(1, 37, 1280, 32), Rows(32, 1, 4, 2)),
+    "rows, q4, four at once, lanes without a piece": (
+        Product(1, 75, 512, 64),
+        Rows(128, 2, 2, 1),
+    ),
+    "rows, q4, gated": (Product(1, 94, 2048, 128, True), Rows(64, 4, 3, 2)),
 }
 
 
@@ -48,6 +63,31 @@ SUMS = {
         3,
         (Product(1, 1024, 256, 64), Plan(128, 1, 3, 1, 1)),
         (Product(1, 37, 1024, 64), Plan(256, 1, 2, 2, 1)),
+    ),
+    "1 rank, fp16": (
+        1,
+        (Product(1, 264, 64), Rows(32, 2, 2, 1)),
+        (Product(1, 37, 264), Rows(64, 2, 2, 1)),
+    ),
+    "2 ranks, fp16, gated, fewer pieces than threads": (
+        2,
+        (Product(1, 200, 256), Rows(64, 2, 3, 2)),
+        (Product(1, 46, 200, 0, True), Rows(32, 2, 2, 1)),
+    ),
+    "3 ranks, fp16": (
+        3,
+        (Product(1, 576, 96), Rows(32, 1, 3, 2)),
+        (Product(1, 37, 576), Rows(32, 2, 3, 2)),
+    ),
+    "1 rank, rows of four bits": (
+        1,
+        (Product(1, 768, 256, 32), Rows(32, 2, 2, 1)),
+        (Product(1, 37, 768, 32), Rows(64, 2, 2, 1)),
+    ),
+    "3 ranks, rows of four bits, fewer pieces than threads": (
+        3,
+        (Product(1, 512, 256, 32), Rows(128, 1, 3, 2)),
+        (Product(1, 46, 512, 32, True), Rows(96, 2, 2, 1)),
     ),
     "4 ranks, a piece at a time": (
         4,
@@ -83,56 +123,59 @@ def library(tmp_path_factory):
         pytest.skip("g++ is not installed")
     directory = tmp_path_factory.mktemp("emulated")
     text = Path(gemv_mma.__file__).with_suffix(".cuh").read_text()
+    text += Path(gemv_rows.__file__).with_suffix(".cuh").read_text()
     for i, (product, plan) in enumerate(CASES.values()):
-        sizes, grid = grid_of(product, plan)
+        call, grid = call_of(product, plan, "PlainOutput<half>{out}")
         text += f"""
 extern "C" void case_{i}(const half* x, const void* w, const half* scale, half* out) {{
   run_grid({grid}, [&](char* shared) {{
     using namespace shardwright_gemv;
-    product<{sizes}>(PlainInput{{x}}, w, scale, PlainOutput<half>{{out}}, shared);
+    {call};
   }});
 }}
 """
     for name in ("patience.cuh", "gemv_sum.cuh", "gemv_norm.cuh"):
         text += Path(gemv_mma.__file__).with_name(name).read_text()
     for i, (ranks, *both) in enumerate(SUMS.values()):
-        (sent, sent_grid), (normed, normed_grid) = (grid_of(*one) for one in both)
+        sent, sent_grid = call_of(*both[0], "output")
+        summed = f"SumInput<Z, {ranks}>{{residual, y, norm, sum, 1e-5f, exchange, last_place}}"
+        normed, normed_grid = call_of(*both[1], "PlainOutput<half>{out}", summed)
         text += f"""
 extern "C" void send_{i}(const half* x, {EXCHANGE}, const void* w, const half* scale) {{
   run_grid({sent_grid}, [&](char* shared) {{
     using namespace shardwright_gemv;
     SentOutput<{ranks}> output{{Exchange{{peers, rank, first, place}}}};
-    product<{sent}>(PlainInput{{x}}, w, scale, output, shared);
+    {sent};
   }});
 }}
 extern "C" void sum_{i}(const half* residual, const half* y, const half* norm, half* sum,
                         {EXCHANGE}, const void* w, const half* scale, half* out) {{
   run_grid({normed_grid}, [&](char* shared) {{
     using namespace shardwright_gemv;
-    SumInput<{normed}, {ranks}> input{{residual, y, norm, sum, 1e-5f,
-                                      Exchange{{peers, rank, first, place}}, last_place}};
-    product<{normed}>(input, w, scale, PlainOutput<half>{{out}}, shared);
+    const Exchange exchange{{peers, rank, first, place}};
+    {normed};
   }});
 }}
 """
     for i, both in enumerate(NORMS.values()):
-        (added, added_grid), (normed, normed_grid) = (grid_of(*one) for one in both)
         pieces = BLOCKS * both[0][1].cluster
+        added = "AddedOutput<Z>{residual, norm, sum, weighted, squares}"
+        added, added_grid = call_of(*both[0], added)
+        normed = f"NormedOutput<Z, half, {pieces}>{{squares, 1e-5f, {{out}}}}"
+        normed, normed_grid = call_of(*both[1], normed, "PlainInput{weighted}")
         text += f"""
 extern "C" void add_{i}(const half* x, const void* w, const half* scale, const half* residual,
                         const half* norm, half* sum, half* weighted, float* squares) {{
   run_grid({added_grid}, [&](char* shared) {{
     using namespace shardwright_gemv;
-    AddedOutput<{added}> output{{residual, norm, sum, weighted, squares}};
-    product<{added}>(PlainInput{{x}}, w, scale, output, shared);
+    {added};
   }});
 }}
 extern "C" void norm_{i}(const half* weighted, const float* squares, const void* w,
                          const half* scale, half* out) {{
   run_grid({normed_grid}, [&](char* shared) {{
     using namespace shardwright_gemv;
-    NormedOutput<{normed}, half, {pieces}> output{{squares, 1e-5f, {{out}}}};
-    product<{normed}>(PlainInput{{weighted}}, w, scale, output, shared);
+    {normed};
   }});
 }}
 """
@@ -146,14 +189,22 @@ extern "C" void norm_{i}(const half* weighted, const float* squares, const void*
 BLOCKS = 2  # or clusters of them, that share the outputs
 
 
-def grid_of(product, plan):
-    """The sizes of a product, and the grid that computes it."""
-    threads = plan.split * plan.teams * 32
-    sizes = f"shardwright_gemv::Sizes<{gemv_mma.sizes(product, plan, BLOCKS)}>"
-    # More than a GPU would give: it has many more blocks.
-    shared = product.shared(plan) + 4 * product.batch * product.out_features * plan.split
-    shared += gemv_norm.SCALES_BYTES
-    return sizes, f"{BLOCKS * plan.cluster}, {plan.cluster}, {threads}, {shared}"
+def call_of(product, plan, output, given=""):
+    """The call of a product, of x or of what `given` makes, and the grid whose threads call it."""
+    # More shared memory than a GPU would give: it has many more blocks.
+    if isinstance(plan, Rows):
+        sizes = f"RowSizes<{gemv_rows.sizes(product, plan, BLOCKS)}>"
+        call = f"product_of_rows<Z>({given or 'RowInput{x}'}, w, scale, {output}, shared)"
+        threads, shared = plan.threads + 32, gemv_rows.shared_bytes(product, plan, BLOCKS)
+        blocks, cluster = BLOCKS, 1
+    else:
+        sizes = f"Sizes<{gemv_mma.sizes(product, plan, BLOCKS)}>"
+        call = f"product<Z>({given or 'PlainInput{x}'}, w, scale, {output}, shared)"
+        threads = plan.split * plan.teams * 32
+        shared = product.shared(plan) + 4 * product.batch * product.out_features * plan.split
+        shared += gemv_norm.SCALES_BYTES
+        blocks, cluster = BLOCKS * plan.cluster, plan.cluster
+    return f"using Z = {sizes};\n    {call}", f"{blocks}, {cluster}, {threads}, {shared}"
 
 
 def pointers(*values):
@@ -168,6 +219,15 @@ def multiplied(library, name, x, weight, scale, before):
     return out
 
 
+def random_weight(rng, product):
+    """A weight as it is stored, its scale if it has one, and what they stand for in float64."""
+    shape = (product.out_features, product.in_features)
+    if product.group:
+        return four_bits(rng, shape, product.group)
+    weight = (rng.standard_normal(shape) / 16).astype(np.float16)
+    return weight, weight, weight.astype(np.float64)
+
+
 def four_bits(rng, shape, group):
     """A weight of random codes, its scale, and what they stand for in float64."""
     weight = rng.integers(0, 2**32, (shape[0], shape[1] // 8), dtype=np.uint32)
@@ -180,13 +240,8 @@ def four_bits(rng, shape, group):
 def test_product(library, name):
     product, _plan = CASES[name]
     rng = np.random.default_rng(0)
-    shape = (product.out_features, product.in_features)
     x = rng.standard_normal((product.batch, product.in_features)).astype(np.float16)
-    if product.group:
-        weight, scale, dense = four_bits(rng, shape, product.group)
-    else:
-        weight = rng.standard_normal(shape).astype(np.float16)
-        scale, dense = weight, weight.astype(np.float64)
+    weight, scale, dense = random_weight(rng, product)
     want = x.astype(np.float64) @ dense.T
     if product.gated:
         gate, value = np.split(want, 2, axis=1)
@@ -255,8 +310,8 @@ def test_sums_of_all_ranks_and_their_norm(library, name):
     ranks, (sender, _), (product, _) = SUMS[name]
     case, first, places = list(SUMS).index(name), 8, 4
     rng, features = np.random.default_rng(ranks), product.in_features
-    senders = [four_bits(rng, (features, sender.in_features), sender.group) for _ in range(ranks)]
-    weight, scale, dense = four_bits(rng, (product.out_features, features), product.group)
+    senders = [random_weight(rng, sender) for _ in range(ranks)]
+    weight, scale, dense = random_weight(rng, product)
     norm = rng.standard_normal(features).astype(np.float16)
     end = first + places * ranks * features // 2
     buffers = [np.zeros(end + 8, np.uint32) for _ in range(ranks)]

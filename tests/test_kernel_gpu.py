@@ -17,6 +17,7 @@ from shardwright.compiler.kernels import (
     attention_gpu,
     gemv,
     gemv_mma,
+    gemv_rows,
     matmul,
     norm,
     q4_batch,
@@ -235,6 +236,43 @@ def test_tensor_core_products(group, gated):
     text = source(func)
     assert "mma.sync" in text and "griddepcontrol.wait" in text
     assert f"out: T.Buffer((9, {643 if gated else 1286})" in func.script()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("whole_x", [False, True])
+def test_plans_of_rows_cover_the_product_and_fit(gated, whole_x):
+    for out_features, in_features in itertools.product(
+        (2, 130, 4096, 57344, 262144), (8, 264, 512, 1792, 4096, 5504, 11008, 28672)
+    ):
+        product = gemv_mma.Product(1, out_features, in_features, 0, gated)
+        p = gemv_rows.plan(product, whole_x=whole_x)
+        pieces = in_features // 8
+        if p is None:  # there is no room for enough rows, or beside all sums
+            assert in_features > 8192 and (gated or out_features > 2**17)
+            continue
+        assert gemv_rows.shared_bytes(product, p) <= gemv_mma.SHARED_BYTES_CLUSTERS
+        assert p.threads % 32 == 0 and 32 <= p.threads <= gemv_rows.MOST_THREADS
+        assert not whole_x or p.threads < pieces + 32
+        assert 1 <= p.ahead <= p.depth and 8 % p.units == 0
+        # Threads without a piece are few.
+        assert p.threads <= 32 or -(-pieces // p.threads) * p.threads < 1.2 * max(pieces, p.threads)
+
+
+@pytest.mark.parametrize(
+    ("batch", "in_features", "group"), [(2, 4096, 0), (1, 4096, 32), (1, 12, 0), (1, 65536, 0)]
+)
+def test_products_without_a_plan_of_rows(batch, in_features, group):
+    assert gemv_rows.plan(gemv_mma.Product(batch, 64, in_features, group)) is None
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_products_of_rows(gated):
+    sizes = dict(out_features=1286, in_features=5504, gated=gated)
+    plan = gemv_rows.plan(gemv_mma.Product(1, **sizes))
+    func = gemv_rows.gemv_rows(**sizes, out_dtype="float32", tuned=plan)
+    text = source(func)
+    assert "cp.async.bulk" in text and "griddepcontrol.wait" in text
+    assert f"out: T.Buffer((1, {643 if gated else 1286})" in func.script()
 
 
 @pytest.mark.parametrize("group", [32, 128])

@@ -86,6 +86,7 @@ def test_comparison(got: np.ndarray, wanted: np.ndarray, passed: bool) -> None:
         ("q4_gemv_kernel11", references.matmul),
         ("gemv_kernel", references.matmul),
         ("gated_gemm_kernel1", references.gated_matmul),
+        ("add_norm_gemv_kernel3", references.add_norm_product),
         ("fused_NT_matmul6_cast4", references.matmul),
         ("fused_strided_slice4_strided_slice5_silu2_multiply2", references.gate),
         ("fused_strided_slice4_silu2_strided_slice5_multiply2", references.gate),

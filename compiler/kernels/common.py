@@ -54,10 +54,11 @@ EARLY_LAUNCHES = (LAUNCH_DEPENDENTS, LAUNCHES_DEPENDENTS)
 """By which a kernel is known to let the next one start, and to wait itself."""
 
 
-def cuda_source(name: str) -> str:
-    """The text of a `.cuh` file of this folder, with those that several use before it."""
+def cuda_source(*names: str | None) -> str:
+    """The text of `.cuh` files of this folder, with those that several use before it."""
     folder = Path(__file__).parent
-    return "".join((folder / file).read_text() for file in ("ptx.cuh", "patience.cuh", name))
+    files = ("ptx.cuh", "patience.cuh", *filter(None, names))
+    return "".join((folder / file).read_text() for file in files)
 
 
 def unpack_source() -> str:

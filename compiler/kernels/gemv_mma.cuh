@@ -154,6 +154,14 @@ struct Sizes {
   static constexpr int kGroups = kIntegers ? kPieces / 4 : 0;  // of x, of 32 elements
   static constexpr int kLaneGroups = kBlocks32 / 4;       // of a chunk, that a lane sums up
   static_assert(!kIntegers || (kTiles == 1 && kBlocks32 % 8 == 0), "a chunk fills columns");
+  // Where the lanes of `consume_integers` find the upper bytes of the piece `e` of x, and behind them
+  // the lower ones.
+  static constexpr int kLowerBytes = 64;
+  static __device__ __forceinline__ int place_of_x(int e) {
+    const int group = e / 4, c = e % 4;
+    const int place = group % kLaneGroups, t = group / kLaneGroups % 4, chunk = group / kBlocks32;
+    return (chunk * (kLaneGroups / 2) + place / 2) * 512 + place % 2 * 8 + (t * 8 + c) * 16;
+  }
   // Else x lies in shared memory as in memory, a phase ahead, where there are several. Eight lanes
   // that read together meet no bank twice.
   static constexpr int kStepBytes = kSplit * kElements * 2, kPhaseBytes = kSteps * kStepBytes;
@@ -169,6 +177,9 @@ struct Sizes {
   static constexpr int kOutputsOf = kGated ? 8 : 16;      // a tile has
   // Outputs that a thread writes at once.
   static constexpr int kWide = kBatch == 1 || kOutputs % 4 ? 1 : 4;
+  static constexpr bool kWholeX = kIntegers && kPhases == 1 && kCluster == 1;  // is in a block
+
+  static __device__ __forceinline__ void meet() { __syncthreads(); }
 };
 
 // Where a warp's next chunk is read from and written to.
@@ -283,8 +294,8 @@ struct Staged {
     }
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    const int group = e / 4, c = e % 4;
-    if (c == 0) {
+    const int group = e / 4;
+    if (e % 4 == 0) {
       const float one = top * (1.f / kMost);
       factors()[group] = one / 16.f;
       offsets()[group] = one * -7.f * (float)((int)sum - 32 * 32768);
@@ -294,13 +305,9 @@ struct Staged {
       return __byte_perm(n[0] + 0x00800080u, n[1] + 0x00800080u, 0x7531) ^ 0x80808080u;
     };
     auto lower = [](const unsigned (&n)[2]) { return __byte_perm(n[0], n[1], 0x6420); };
-    // Where the lanes of `consume_integers` find them.
-    constexpr int kEach = Z::kLaneGroups;
-    const int place = group % kEach, t = group / kEach % 4, chunk = group / Z::kBlocks32;
-    char* const to = pieces + (chunk * (kEach / 2) + place / 2) * 512 + place % 2 * 8 +
-                     (t * 8 + c) * 16;
+    char* const to = pieces + Z::place_of_x(e);
     *reinterpret_cast<uint2*>(to) = uint2{upper(even), upper(odd)};
-    *reinterpret_cast<uint2*>(to + 64) = uint2{lower(even), lower(odd)};
+    *reinterpret_cast<uint2*>(to + Z::kLowerBytes) = uint2{lower(even), lower(odd)};
   }
 };
 

@@ -19,8 +19,8 @@ bytes, to a scale for each 32 elements, and codes as they are.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from tvm import tirx
@@ -145,9 +145,7 @@ def plan(product: Product, *, clusters: bool) -> Plan | None:
     The choices are from measurements on an H200 (`scripts/gpu_kernel_checks.py --tune`).
     """
     if product.batch == 1 and not product.group:
-        # As fast in `gemv.py`, whose blocks the next kernel's can join sooner. With four bits it is
-        # the other way about: an early launch costs that kernel 10 us of 75 on 57344 x 8192.
-        return None
+        return None  # see `gemv_rows.py`
     limit = SHARED_BYTES_CLUSTERS if clusters else SHARED_BYTES
     if product.batch > MAX_BATCH:
         return None
@@ -236,46 +234,43 @@ def sizes(product: Product, p: Plan, parts: int | None = None) -> str:
     return ", ".join(str(int(value)) for value in values)
 
 
-def normed_plan(product: Product) -> Plan | None:
-    """The plan for a product that computes its x itself: `add_norm_gemv_mma`, `sum_norm_gemv_mma`.
-
-    On GPUs with clusters. Of one token and four bits, with all of x in each block.
-    """
-    if product.batch != 1 or not product.group:
-        return None
-    p = plan(product, clusters=True)
-    return p if p is not None and p.phases == 1 and p.cluster == 1 else None
-
-
 @dataclass(frozen=True)
 class Function:
-    """A product and the device function that computes it, see `device_function`."""
+    """A device function that computes a product, and the grid whose threads call it.
 
-    product: Product
-    plan: Plan
+    Its last argument is `shared` bytes of shared memory. Blocks come in clusters of `cluster`.
+    """
+
     name: str
     source: str
-    more: int = 0
-    """Bytes of shared memory beyond those of the product."""
-
-    @property
-    def blocks(self) -> int:
-        """Of the grid."""
-        return self.product.parts(self.plan) * self.plan.cluster
-
-    @property
-    def threads(self) -> int:
-        """Of a block."""
-        return self.plan.split * self.plan.teams * 32
-
-    @property
-    def shared(self) -> int:
-        """Bytes of shared memory of a block."""
-        return self.product.shared(self.plan) + self.more
+    blocks: int
+    threads: int
+    shared: int
+    cluster: int = 1
 
     def call(self, args: list[Any], shared: Any) -> Any:
         """Its call in a kernel."""
         return T.cuda.func_call(self.name, *args, shared, source_code=self.source)
+
+
+def wrapper(
+    kind: str, sizes: str, product: str, out_dtype: str, given: str, x: str, output: str
+) -> tuple[str, str]:
+    """The name and text of a device function that calls the template `product` with `sizes`.
+
+    Its parameters are `given`, of which `x` and `output` are made, and then weight, scale and
+    shared memory; `kind` tells it from others of these sizes.
+    """
+    name = re.sub(r"\W+", "_", f"shardwright_gemv_{kind}_{sizes}_{out_dtype}")
+    text = f"""
+__device__ __forceinline__ void {name}({given}, const void* weight, const half* scale,
+                                       void* shared) {{
+  using namespace shardwright_gemv;
+  using Z = {sizes};
+  {product}<Z>({x}, weight, scale, {output}, static_cast<char*>(shared));
+}}
+"""
+    return name, text
 
 
 def device_function(
@@ -284,31 +279,28 @@ def device_function(
     tuned: Plan,
     out_dtype: str,
     given: str,
-    *,
     output: str,
     x: str = "PlainInput{x}",
     beside: str | None = None,
     more: int = 0,
 ) -> Function:
-    """The device function that computes a product by `product` of gemv_mma.cuh.
+    """The device function that computes a product by `product` of gemv_mma.cuh, see `wrapper`.
 
-    Its parameters are `given`, of which `x` and `output` are made, and then weight, scale and
-    shared memory, `more` bytes of it behind the product's. What else it needs is in the file
-    `beside`; `kind` tells it from others of these sizes.
+    `more` bytes of its shared memory are behind the product's. What else it needs is in the file
+    `beside`.
     """
-    template = sizes(product, tuned)
-    name = f"shardwright_gemv_{kind}_{template.replace(', ', '_')}_{out_dtype}"
-    source = cuda_source("gemv_mma.cuh")
-    source += Path(__file__).with_name(beside).read_text() if beside else ""
-    source += f"""
-__device__ __forceinline__ void {name}({given}, const void* weight, const half* scale,
-                                       void* shared) {{
-  using namespace shardwright_gemv;
-  using Z = Sizes<{template}>;
-  product<Z>({x}, weight, scale, {output}, static_cast<char*>(shared));
-}}
-"""
-    return Function(product, tuned, name, source, more)
+    template = f"Sizes<{sizes(product, tuned)}>"
+    name, text = wrapper(kind, template, "product", out_dtype, given, x, output)
+    source = cuda_source("gemv_mma.cuh", beside) + text
+    blocks, threads = product.parts(tuned) * tuned.cluster, tuned.split * tuned.teams * 32
+    shared = product.shared(tuned) + more
+    return Function(name, source, blocks, threads, shared, tuned.cluster)
+
+
+def plain_output(out_dtype: str) -> tuple[str, str]:
+    """For `wrapper`: the parameters x and the result, and the output that is made of them."""
+    out = CUDA_TYPE[out_dtype]
+    return f"const half* x, {out}* out", f"PlainOutput<{out}>{{out}}"
 
 
 @T.inline
@@ -322,7 +314,7 @@ def _call(f, args):
 
 
 @T.inline
-def _launch(f, args):
+def launch(f, args):
     """Blocks of which each thread does so."""
     for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
         for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
@@ -333,7 +325,7 @@ def _launch(f, args):
 def launch_clusters(f, args):
     """Clusters of such blocks."""
     for _block in T.thread_binding(f.blocks, thread="blockIdx.x"):
-        for _cluster in T.thread_binding(f.plan.cluster, thread="clusterCtaIdx.x"):
+        for _cluster in T.thread_binding(f.cluster, thread="clusterCtaIdx.x"):
             for _tid in T.thread_binding(f.threads, thread="threadIdx.x"):
                 _call(f, args)
 
@@ -356,9 +348,8 @@ def gemv_mma(
     from `plan`. Two calls give the same bits.
     """
     product = Product(batch, out_features, in_features, group, gated)
-    outputs, out_type = product.outputs, CUDA_TYPE[out_dtype]
-    given, output = f"const half* x, {out_type}* out", f"PlainOutput<{out_type}>{{out}}"
-    f = device_function("plain", product, tuned, out_dtype, given, output=output)
+    outputs, (given, output) = product.outputs, plain_output(out_dtype)
+    f = device_function("plain", product, tuned, out_dtype, given, output)
 
     if not group:
 
@@ -388,211 +379,3 @@ def gemv_mma(
             launch_clusters(f, [x.data, out.data, packed.data, scale.data])
 
     return q4_gemv_mma
-
-
-def _one_token(
-    kind: str, product: Product, tuned: Plan, ranks: int, out_dtype: str, first_word: int = 0
-) -> Function:
-    """The device function for a product whose x is a sum's norm, or whose result is sent."""
-    out, exchange = CUDA_TYPE[out_dtype], "const int64_t* peers, const int* rank, int64_t place"
-    where = f"Exchange{{peers, rank, {first_word}, (int)place}}"
-    if kind == "send":
-        given = f"const half* x, {exchange}"
-        x, output = "PlainInput{x}", f"SentOutput<{ranks}>{{{where}}}"
-    else:
-        given = "const half* residual, const half* y, const half* norm, half* sum, float epsilon, "
-        summed = "{}, 0"
-        if ranks > 1:
-            given += f"{exchange}, int64_t last_place, "
-            summed = f"{where}, (int)last_place"
-        given += f"{out}* out"
-        x = f"SumInput<Z, {ranks}>{{residual, y, norm, sum, epsilon, {summed}}}"
-        output = f"PlainOutput<{out}>{{out}}"
-    kind, beside = f"{kind}_{ranks}", "gemv_sum.cuh"
-    return device_function(
-        kind, product, tuned, out_dtype, given, output=output, x=x, beside=beside
-    )
-
-
-def add_norm_gemv_mma(
-    *,
-    out_features: int,
-    in_features: int,
-    out_dtype: str,
-    tuned: Plan,
-    group: int,
-    eps: float,
-    gated: bool = False,
-) -> tirx.PrimFunc:
-    """A residual's sum and norm, and the product of that with a four-bit weight, for one token.
-
-    `(residual [1,K] f16, y [1,K] f16, norm [K] f16, packed [N,K/8] u32, scale [N,K/group] f16) ->
-    (residual + y [1,K], the product [1,N])`. Sums are rounded as by separate kernels; `gated` is as
-    for `gemv_mma`, `tuned` is from `normed_plan`.
-    """
-    k, product = in_features, Product(1, out_features, in_features, group, gated)
-    f = _one_token("add_norm", product, tuned, 1, out_dtype)
-
-    @T.prim_func(s_tir=True)
-    def add_norm_gemv_mma(
-        residual_h: T.handle,
-        y_h: T.handle,
-        norm_h: T.handle,
-        packed_h: T.handle,
-        scale_h: T.handle,
-        sum_h: T.handle,
-        out_h: T.handle,
-    ):
-        T.func_attr(SCHEDULED)
-        residual = T.match_buffer(residual_h, (1, k), "float16")
-        y = T.match_buffer(y_h, (1, k), "float16")
-        norm = T.match_buffer(norm_h, (k,), "float16")
-        packed = T.match_buffer(packed_h, (out_features, k // 8), "uint32")
-        scale = T.match_buffer(scale_h, (out_features, k // group), "float16")
-        total = T.match_buffer(sum_h, (1, k), "float16")
-        out = T.match_buffer(out_h, (1, product.outputs), out_dtype)
-        with T.sblock("root"):
-            T.reads()
-            T.writes()
-            _launch(
-                f,
-                [
-                    residual.data,
-                    y.data,
-                    norm.data,
-                    total.data,
-                    T.float32(eps),
-                    out.data,
-                    packed.data,
-                    scale.data,
-                ],
-            )
-
-    return add_norm_gemv_mma
-
-
-def send_gemv_mma(
-    *,
-    out_features: int,
-    in_features: int,
-    tuned: Plan,
-    group: int,
-    ranks: int,
-    first_word: int,
-) -> tirx.PrimFunc:
-    """A product whose result goes to all ranks as a summand, for one token and a four-bit weight.
-
-    `(x [1,K] f16, packed, scale, peers [ranks+1] i64, rank [1] i32, place i64) -> done [1] i32`.
-    What is sent goes to the ranks' buffers, from word `first_word` on [places, ranks, N] f16, where
-    `sum_norm_gemv_mma` receives it. `done` is not written: it stands for the order of the two.
-    """
-    k, product = in_features, Product(1, out_features, in_features, group)
-    f = _one_token("send", product, tuned, ranks, "float16", first_word)
-
-    @T.prim_func(s_tir=True)
-    def send_gemv_mma(
-        x_h: T.handle,
-        packed_h: T.handle,
-        scale_h: T.handle,
-        peers_h: T.handle,
-        rank_h: T.handle,
-        place: T.int64,
-        done_h: T.handle,
-    ):
-        T.func_attr(SCHEDULED)
-        x = T.match_buffer(x_h, (1, k), "float16")
-        packed = T.match_buffer(packed_h, (out_features, k // 8), "uint32")
-        scale = T.match_buffer(scale_h, (out_features, k // group), "float16")
-        peers = T.match_buffer(peers_h, (ranks + 1,), "int64")
-        rank = T.match_buffer(rank_h, (1,), "int32")
-        _done = T.match_buffer(done_h, (1,), "int32")
-        with T.sblock("root"):
-            T.reads()
-            T.writes()
-            _launch(
-                f,
-                [
-                    x.data,
-                    peers.data,
-                    rank.data,
-                    place,
-                    packed.data,
-                    scale.data,
-                ],
-            )
-
-    return send_gemv_mma
-
-
-def sum_norm_gemv_mma(
-    *,
-    out_features: int,
-    in_features: int,
-    out_dtype: str,
-    tuned: Plan,
-    group: int,
-    eps: float,
-    ranks: int,
-    first_word: int,
-    sent_features: int,
-    gated: bool = False,
-) -> tirx.PrimFunc:
-    """As `add_norm_gemv_mma`, with what `send_gemv_mma` has sent on all ranks in place of y.
-
-    `(residual, norm, packed, scale, done, x, peers, rank, place, last_place i64) -> (sum, out)`,
-    arguments as for those two; `last_place` is that of the sum before, which is cleared for its
-    next use, behind at least two others. `x` [1,sent_features] is that of `send_gemv_mma`, which
-    may still read it while this kernel runs: it is not read here, but its memory must not be that
-    of a result.
-    Summands are added in rank order, so that all ranks get the same bits.
-    """
-    k, product = in_features, Product(1, out_features, in_features, group, gated)
-    f = _one_token("sum_norm", product, tuned, ranks, out_dtype, first_word)
-
-    @T.prim_func(s_tir=True)
-    def sum_norm_gemv_mma(
-        residual_h: T.handle,
-        norm_h: T.handle,
-        packed_h: T.handle,
-        scale_h: T.handle,
-        done_h: T.handle,
-        x_h: T.handle,
-        peers_h: T.handle,
-        rank_h: T.handle,
-        place: T.int64,
-        last_place: T.int64,
-        sum_h: T.handle,
-        out_h: T.handle,
-    ):
-        T.func_attr(SCHEDULED)
-        residual = T.match_buffer(residual_h, (1, k), "float16")
-        norm = T.match_buffer(norm_h, (k,), "float16")
-        packed = T.match_buffer(packed_h, (out_features, k // 8), "uint32")
-        scale = T.match_buffer(scale_h, (out_features, k // group), "float16")
-        _done = T.match_buffer(done_h, (1,), "int32")
-        peers = T.match_buffer(peers_h, (ranks + 1,), "int64")
-        rank = T.match_buffer(rank_h, (1,), "int32")
-        total = T.match_buffer(sum_h, (1, k), "float16")
-        out = T.match_buffer(out_h, (1, product.outputs), out_dtype)
-        with T.sblock("root"):
-            T.reads()
-            T.writes()
-            _launch(
-                f,
-                [
-                    residual.data,
-                    residual.data,
-                    norm.data,
-                    total.data,
-                    T.float32(eps),
-                    peers.data,
-                    rank.data,
-                    place,
-                    last_place,
-                    out.data,
-                    packed.data,
-                    scale.data,
-                ],
-            )
-
-    return sum_norm_gemv_mma

@@ -57,7 +57,7 @@ def add_gemv_mma(
     given = "const half* x, const half* residual, const half* norm, half* sum, half* weighted, "
     given += "float* squares"
     output = "AddedOutput<Z>{residual, norm, sum, weighted, squares}"
-    f = device_function("add", product, tuned, "float16", given, output=output, beside=_BESIDE)
+    f = device_function("add", product, tuned, "float16", given, output, beside=_BESIDE)
 
     @T.prim_func(s_tir=True)
     def add_gemv_mma(
@@ -121,7 +121,7 @@ def norm_gemv_mma(
     given = f"const half* x, const float* squares, float epsilon, {out_type}* out"
     output = f"NormedOutput<Z, {out_type}, {pieces}>{{squares, epsilon, {{out}}}}"
     f = device_function(
-        "norm", product, tuned, out_dtype, given, output=output, beside=_BESIDE, more=SCALES_BYTES
+        "norm", product, tuned, out_dtype, given, output, beside=_BESIDE, more=SCALES_BYTES
     )
 
     @T.prim_func(s_tir=True)

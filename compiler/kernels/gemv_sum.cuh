@@ -1,5 +1,5 @@
 // A residual's sum and norm in front of a product of one token, and products whose rows go to all
-// ranks as summands of it; gemv_mma.py calls them. Included once in a module, after gemv_mma.cuh.
+// ranks as summands of it; gemv_sum.py calls them. Included once in a module, after gemv_mma.cuh.
 //
 // Between ranks an element travels alone: where it is to come there is a 0, and who sends a 0 sends -0.
 // So a reader polls its own memory. It sets to 0 again what it had read before that, which no block
@@ -67,7 +67,7 @@ struct SumInput {
   static constexpr bool kWaits = kRanks == 1;
   static constexpr int kRowPieces = Z::kInner / 8;  // without those that pad x
   static constexpr int kPer = (Z::kPieces + Z::kThreads - 1) / Z::kThreads;
-  static_assert(Z::kIntegers && Z::kPhases == 1 && Z::kCluster == 1, "all of x is in a block");
+  static_assert(Z::kWholeX, "all of x is in a block");
 
   const half *residual, *y, *norm;
   half* sum;
@@ -86,8 +86,9 @@ struct SumInput {
       if (piece(j) < kRowPieces) weight[j] = reinterpret_cast<const uint4*>(norm)[piece(j)];
   }
 
-  template <class Arriving>
-  __device__ __forceinline__ void stage(Staged<Z> staged, int, Arriving arriving) {
+  // `staged` is a `Staged` or `HeldX`.
+  template <class X, class Arriving>
+  __device__ __forceinline__ void stage(X& staged, int, Arriving arriving) {
     uint4 held[kPer];
     add(held, arriving);
     float squares = 0.f;
@@ -106,7 +107,7 @@ struct SumInput {
     for (int mask = 16; mask > 0; mask /= 2) squares += __shfl_xor_sync(~0u, squares, mask);
     float* const of_warps = staged.partial();
     if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = squares;
-    __syncthreads();
+    Z::meet();
     squares = 0.f;
 #pragma unroll
     for (int w = 0; w < Z::kThreads / 32; ++w) squares += of_warps[w];

@@ -120,7 +120,7 @@ __device__ __forceinline__ void phase_wait(uint64_t* barrier, int parity) {
   }
 }
 
-// What was written to shared memory comes before asynchronous copies to it.
+// What was read from shared memory or written to it comes before asynchronous copies to it.
 __device__ __forceinline__ void fence_copies() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

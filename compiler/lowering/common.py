@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
@@ -114,9 +114,10 @@ def packing_of(
     ), columns
 
 
-def q4_product(
-    packed: relax.Expr, scale: relax.Expr, *, gated: bool, batch: int = 1
-) -> gemv_mma.Product:
-    """The product of tokens with a four-bit weight uint32 [N, K/8], scale [N, K/group]."""
-    rows, words = shape_of(packed)
-    return gemv_mma.Product(batch, rows, words * 8, words * 8 // shape_of(scale)[1], gated)
+def product_of(weight: Sequence[relax.Expr], *, gated: bool, batch: int = 1) -> gemv_mma.Product:
+    """The product of tokens with a weight [N, K], or uint32 [N, K/8] and scale [N, K/group]."""
+    rows, columns = shape_of(weight[0])
+    if len(weight) == 1:
+        return gemv_mma.Product(batch, rows, columns, 0, gated)
+    columns *= 8
+    return gemv_mma.Product(batch, rows, columns, columns // shape_of(weight[1])[1], gated)

@@ -14,6 +14,8 @@ from shardwright.compiler.kernels import (
     gemv_mma,
     gemv_norm,
     gemv_rocm,
+    gemv_rows,
+    gemv_sum,
     matmul,
     matmul_rocm,
     q4_batch,
@@ -24,7 +26,7 @@ from shardwright.compiler.lowering.common import (
     GEMV_MAX_BATCH,
     Kernels,
     packing_of,
-    q4_product,
+    product_of,
     tokens_of,
     value_of,
 )
@@ -144,17 +146,17 @@ def _fits_gated_gemm(k: Kernels, call: relax.Call, x: relax.Expr, weight: relax.
 
 
 def lower_add_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
-    """The residual sum, its norm and a four-bit product of that, of one token, in one kernel."""
+    """The residual sum, its norm and a product of that, of one token, in one kernel."""
     *tensors, eps = args
-    shapes = _normed_shapes(call, tensors[3], tensors[4])
-    kernel = k.kernel(gemv_mma.add_norm_gemv_mma, **shapes, eps=value_of(eps))
+    shapes = _normed_shapes(call, tensors[3:])
+    kernel = k.kernel(gemv_sum.add_norm_gemv, **shapes, eps=value_of(eps))
     return relax.call_tir(kernel, tensors, list(call.ty.fields))
 
 
 def lower_add_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     """A four-bit product of several tokens and the residual's sum with it, in one kernel."""
     x, packed, scale, *_ = args
-    product = q4_product(packed, scale, gated=False, batch=shape_of(x)[0])
+    product = product_of([packed, scale], gated=False, batch=shape_of(x)[0])
     shapes = _planned(product, gemv_mma.plan(product, clusters=True))
     kernel = k.kernel(gemv_norm.add_gemv_mma, batch=product.batch, **shapes)
     return relax.call_tir(kernel, args, list(call.ty.fields))
@@ -164,7 +166,7 @@ def lower_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> r
     """A four-bit product of the norms of several tokens, from what `lower_add_linear` leaves."""
     *tensors, eps = args
     x, squares, packed, scale = tensors
-    product = q4_product(packed, scale, gated=_is_gated(call), batch=shape_of(x)[0])
+    product = product_of([packed, scale], gated=_is_gated(call), batch=shape_of(x)[0])
     kernel = k.kernel(
         gemv_norm.norm_gemv_mma,
         batch=product.batch,
@@ -178,13 +180,14 @@ def lower_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> r
 
 
 def lower_send_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
-    """A four-bit product of one token whose result goes to all ranks, as a summand."""
+    """A product of one token whose result goes to all ranks, as a summand."""
     *operands, first = args
-    product = q4_product(operands[1], operands[2], gated=False)
+    _x, *weight, peers, _rank, _place = operands
+    product = product_of(weight, gated=False)
     kernel = k.kernel(
-        gemv_mma.send_gemv_mma,
-        **_planned(product, gemv_mma.plan(product, clusters=True)),
-        ranks=shape_of(operands[3])[0] - 1,
+        gemv_sum.send_gemv,
+        **_planned(product, gemv_sum.sent_plan(product)),
+        ranks=shape_of(peers)[0] - 1,
         first_word=value_of(first),
     )
     return relax.call_tir(kernel, operands, call.ty)
@@ -193,10 +196,10 @@ def lower_send_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> r
 def lower_sum_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     """As `lower_add_norm_linear`, of the sum over ranks of what `lower_send_linear` sends."""
     *operands, eps, first = args
-    _, _, packed, scale, _, x, peers = operands[:7]
+    _residual, _norm, *weight, _done, x, peers, _rank, _place, _last = operands
     kernel = k.kernel(
-        gemv_mma.sum_norm_gemv_mma,
-        **_normed_shapes(call, packed, scale),
+        gemv_sum.sum_norm_gemv,
+        **_normed_shapes(call, weight),
         eps=value_of(eps),
         ranks=shape_of(peers)[0] - 1,
         first_word=value_of(first),
@@ -205,14 +208,14 @@ def lower_sum_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) 
     return relax.call_tir(kernel, operands, list(call.ty.fields))
 
 
-def _normed_shapes(call: relax.Call, packed: relax.Expr, scale: relax.Expr) -> dict[str, Any]:
-    product = q4_product(packed, scale, gated=_is_gated(call))
+def _normed_shapes(call: relax.Call, weight: list[relax.Expr]) -> dict[str, Any]:
+    product = product_of(weight, gated=_is_gated(call))
     out_dtype = str(call.ty.fields[1].dtype)
-    shapes = _planned(product, gemv_mma.normed_plan(product))
+    shapes = _planned(product, gemv_sum.normed_plan(product))
     return shapes | {"out_dtype": out_dtype, "gated": product.gated}
 
 
-def _planned(product: gemv_mma.Product, tuned: gemv_mma.Plan | None) -> dict[str, Any]:
+def _planned(product: gemv_mma.Product, tuned: gemv_sum.Plan | None) -> dict[str, Any]:
     """What the kernels of few tokens around norms all take."""
     return {
         "out_features": product.out_features,
@@ -259,6 +262,10 @@ def _matrix_vector(
     if k.target == "cuda":
         sizes = {name: size for name, size in shapes.items() if name != "out_dtype"}
         product = gemv_mma.Product(batch=batch, **sizes)
+        rows = gemv_rows.plan(product) if k.clusters else None
+        if rows is not None:
+            kernel = k.kernel(gemv_rows.gemv_rows, **shapes, tuned=rows)
+            return relax.call_tir(kernel, args, call.ty)
         tuned = gemv_mma.plan(product, clusters=k.clusters)
         if tuned is not None:
             kernel = k.kernel(gemv_mma.gemv_mma, batch=batch, **shapes, tuned=tuned)
