@@ -84,8 +84,8 @@ class _Function:
         if product is None or norm not in self.params:
             return None
         there = residual in self.params or self.place[residual] < self.place[y]  # by then
-        plan = gemv_mma.plan(product, clusters=True)
-        return product.parts(plan) * plan.cluster if there and plan is not None else None
+        plan = gemv_norm.added_plan(product)
+        return gemv_norm.blocks(product, plan) if there and plan is not None else None
 
 
 def fuse_norm(mod: tvm.IRModule, peer: PeerState | None) -> tvm.IRModule:
@@ -100,9 +100,9 @@ def fuse_norm(mod: tvm.IRModule, peer: PeerState | None) -> tvm.IRModule:
     `last_place` that of the sum before; `first` is `PeerState.sums_at`. With four bits these names
     have `q4_linear` or `q4_gated_linear`, and `packed, scale` is the weight.
 
-    Of several rows, with four bits, `add_q4_linear(x, packed, scale, residual, norm) -> (sum,
-    weighted, squares)` in front of the norm and `norm_q4_linear(weighted, squares, packed, scale,
-    eps) -> product`, or `norm_q4_gated_linear`, behind it; see `gemv_norm.add_gemv_mma`.
+    Of several rows `add_linear(x, weight, residual, norm) -> (sum, weighted, squares)` in front of
+    the norm and `norm_linear(weighted, squares, weight, eps) -> product`, or `norm_gated_linear`,
+    behind it, or the same with four bits; see `gemv_norm.add_gemv`.
     """
     functions = dict(mod.functions_items())
     for gv, func in mod.functions_items():
@@ -154,16 +154,16 @@ def _fuse_several(
             squares = [shape_of(call)[0], blocks[in_front[var].pair]]
             types = [call.ty, call.ty, relax.TensorType(squares, "float32")]
             tensors = map(rw.local, (*operands_of(call), residual, norm))
-            return _call("add_q4_linear", list(tensors), types)
+            return _call(_named("add", call), list(tensors), types)
         if var in pairs:  # the sum, and what takes the norm's place
             all_three = rw.local(pairs[var].args[1])
             both = [rw.bb.emit(relax.TupleGetItem(all_three, i)) for i in range(2)]
             return relax.Tuple(both)
         if var in behind:
             _, y, _, eps = behind[var].args
-            weighted, packed, scale = map(rw.local, operands_of(call))
+            weighted, *weight = map(rw.local, operands_of(call))
             squares = rw.bb.emit(relax.TupleGetItem(rw.local(y), 2))
-            operands = [weighted, squares, packed, scale, eps]
+            operands = [weighted, squares, *weight, eps]
             return _call(_named("norm", call), operands, call.ty)
         return None
 

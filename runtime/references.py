@@ -217,7 +217,7 @@ def sum_norm_product(before: list[Any], after: list[Any], note: Note) -> Pairs:
 
 
 def norm_product(before: list[Any], after: list[Any], note: Note) -> Pairs:
-    """`(weighted, squares, *weight) -> product of the norm`; see `gemv_norm.add_gemv_mma`."""
+    """`(weighted, squares, *weight) -> product of the norm`; see `gemv_norm.add_gemv`."""
     weighted, squares, *operands, _ = before
     x = 16 * wide(weighted)
     x /= np.sqrt(wide(squares).sum(1, keepdims=True) / x.shape[1] + note["eps"])
@@ -225,7 +225,7 @@ def norm_product(before: list[Any], after: list[Any], note: Note) -> Pairs:
 
 
 def add_product(before: list[Any], after: list[Any], note: Note) -> Pairs:
-    """`(x, *weight, residual, norm) -> (sum, weighted, squares)`; see `gemv_norm.add_gemv_mma`."""
+    """`(x, *weight, residual, norm) -> (sum, weighted, squares)`; see `gemv_norm.add_gemv`."""
     *operands, residual, norm = before[:-3]
     total, weighted, squares = after[-3:]
     ((_, y),) = matmul([*operands, total], [total], note)
@@ -315,10 +315,11 @@ REFERENCES: dict[str, Reference] = {
     "gemv": matmul,
     "gemv_mma": matmul,
     "gemv_rows": matmul,
+    "gemv_tokens": matmul,
     "add_norm_gemv": add_norm_product,
     "sum_norm_gemv": sum_norm_product,
-    "add_gemv_mma": add_product,
-    "norm_gemv_mma": norm_product,
+    "add_gemv": add_product,
+    "norm_gemv": norm_product,
     "q4_gemv": matmul,
     "q4_batch": matmul,
     "quantized_gemv": matmul,

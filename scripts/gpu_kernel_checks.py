@@ -208,7 +208,7 @@ def tuning(case: dict[str, Any]) -> list[dict[str, Any]]:
 
 def product_kernel(case: dict[str, Any]) -> Any:
     """The kernel that the compiler would take, or another that `case` asks for; None if none is."""
-    from shardwright.compiler.kernels import gemv, gemv_mma, gemv_rows, q4_batch
+    from shardwright.compiler.kernels import gemv, gemv_mma, gemv_rows, gemv_tokens, q4_batch
 
     sizes = dict(batch=case["batch"], out_features=case["n"], in_features=case["k"])
     group = case.get("group", 32) if case["kind"] == Q4 else 0
@@ -221,6 +221,10 @@ def product_kernel(case: dict[str, Any]) -> Any:
         return gemv_rows.gemv_rows(
             **sizes, out_dtype="float16", group=group, gated=gated, tuned=rows
         )
+    tokens = None if case.get("plain") or case.get("plan") else gemv_tokens.plan(product)
+    if tokens is not None:
+        case["used"] = list(dataclasses.astuple(tokens))
+        return gemv_tokens.gemv_tokens(**sizes, out_dtype="float16", gated=gated, tuned=tokens)
     plan = None if case.get("plain") else gemv_mma.plan(product, clusters=True)
     if case.get("plan"):
         chosen = gemv_mma.Plan(*case["plan"])

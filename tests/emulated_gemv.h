@@ -21,6 +21,7 @@ typedef _Float16 half;
 struct half2 { half x, y; };
 struct float2 { float x, y; };
 struct uint2 { unsigned x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline half __ushort_as_half(unsigned short v) { half h; memcpy(&h, &v, 2); return h; }
@@ -134,6 +135,8 @@ inline void copy_each(bool mine, void* to, const void* from, int bytes, uint64_t
   phase_change(barrier, 0, -bytes);
 }
 inline void copies_issued(bool, uint64_t*) {}
+template <int kWords>
+void load_words(unsigned* to, const void* from) { memcpy(to, from, kWords * 4); }
 }  // namespace shardwright
 
 namespace shardwright_gemv {
@@ -230,6 +233,7 @@ void run_grid(int blocks, int of_cluster, int threads, size_t bytes, Body body) 
         cluster = &c, block = c.blocks[i / threads].get();
         threadIdx = {i % threads}, blockIdx = {first + i / threads}, gridDim = {blocks};
         body(base());
+        c.meet->arrive_and_drop();  // the others of a cluster wait for no thread that has ended
       });
     for (auto& t : all) t.join();
   }

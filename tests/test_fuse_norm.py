@@ -11,7 +11,7 @@ from tvm import relax
 
 from shardwright.compiler import cuda, fuse
 from shardwright.compiler.fuse_norm import FUSE_NORM_PASS, fuse_norm
-from shardwright.compiler.kernels import gemv_mma, gemv_norm, gemv_sum
+from shardwright.compiler.kernels import gemv_mma, gemv_norm, gemv_sum, gemv_tokens
 from shardwright.compiler.lower import lower_abstract
 from shardwright.compiler.peer import SUM_PLACES, add_peer_functions, peer_state, sum_places
 from shardwright.compiler.program import partition_program
@@ -82,7 +82,7 @@ def item(func, var):
 @pytest.mark.parametrize("scheme, kind", SCHEMES)
 def test_one_rank_adds_and_norms_in_front_of_its_products(scheme, kind):
     before, after, _ = fused(CONFIG, 1, scheme)
-    assert changed(before, after) == {"decode_1", *(["decode_2"] if kind else [])}
+    assert changed(before, after) == {"decode_1", "decode_2"}
     func = after["decode_1"]
     found = calls(func)
     layer = ["append_attention_joined", "relax.reshape", f"{kind}linear"]
@@ -107,28 +107,30 @@ def test_one_rank_adds_and_norms_in_front_of_its_products(scheme, kind):
     assert str(pairs[-1][1].ty.fields[1].dtype) == "float32" and "lm_head" in pairs[-1][2][3].name
 
 
-def test_several_rows_add_behind_products_and_scale_those_behind_norms():
-    _, after, _ = fused(CONFIG, 1)
+@pytest.mark.parametrize("scheme, kind", SCHEMES)
+def test_several_rows_add_behind_products_and_scale_those_behind_norms(scheme, kind):
+    _, after, _ = fused(CONFIG, 1, scheme)
     func = after["decode_2"]
     found = calls(func)
     names = [name for name, _, _ in found]
-    layer = ["append_attention_joined", "relax.reshape", "add_q4_linear", "norm_q4_gated_linear"]
-    layer += ["add_q4_linear", "norm_q4_linear"]
+    layer = ["append_attention_joined", "relax.reshape", f"add_{kind}linear"]
+    layer += [f"norm_{kind}gated_linear", f"add_{kind}linear", f"norm_{kind}linear"]
     start = names.index("relax.nn.rms_norm")
     assert names[start:] == [
-        *("relax.nn.rms_norm", "q4_linear"), *layer * 3, "store_logits", "sample"
+        *("relax.nn.rms_norm", f"{kind}linear"), *layer * 3, "store_logits", "sample"
     ]  # fmt: skip
-    sums = [(v, args) for name, v, args in found if name == "add_q4_linear"]
+    sums = [(v, args) for name, v, args in found if name == f"add_{kind}linear"]
     products = [(v, args) for name, v, args in found if name.startswith("norm")]
     last = None
     for (three, added), (_, normed) in zip(sums, products, strict=True):
-        _x, packed, scale, residual, norm = added
+        _x, weight, *scale, residual, norm = added
         # The residual is the sum before.
         assert residual == found[start][2][0] if last is None else item(func, residual) == (last, 0)
-        assert packed.name.removesuffix("q4") == scale.name[:-5] and "norm" in norm.name
-        weighted, squares, words, _scale, eps = normed
+        assert [s.name[:-5] for s in scale] == [weight.name.removesuffix("q4")] * (kind != "")
+        assert "norm" in norm.name
+        weighted, squares, other, *_scale, eps = normed
         assert item(func, weighted) == (three, 1) and item(func, squares) == (three, 2)
-        assert eps.value == 1e-5 and words.name != packed.name
+        assert eps.value == 1e-5 and other.name != weight.name
         last = three
     assert str(products[-1][0].ty.dtype) == "float32" and "lm_head" in products[-1][1][2].name
 
@@ -220,7 +222,7 @@ def test_only_gpus_with_clusters_have_the_kernels(arch, disabled):
     with target, without_source_context():
         mod = lower_abstract(before, target, disabled=frozenset([FUSE_NORM_PASS] * disabled))
     names = {gv.name_hint for gv in mod.get_global_vars()}
-    for kind in ("add_norm_gemv", "add_gemv_mma", "norm_gemv_mma"):
+    for kind in ("add_norm_gemv", "add_gemv", "norm_gemv"):
         found = any(n.startswith(kind) for n in names)
         assert found == (arch == "sm_90a" and not disabled)
 
@@ -256,18 +258,16 @@ def test_the_kernels_of_one_token_compile(group):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_the_kernels_of_several_tokens_compile():
-    sizes = {"group": 32, "in_features": 256}
-    several = gemv_mma.Product(7, 96, 256, 32)
-    of_several = sizes | {"batch": 7, "out_features": 96}
-    scaled = gemv_norm.scaled_plan(several)
+@pytest.mark.parametrize("group, out_features", [(32, 96), (0, 96), (0, 8192)])
+def test_the_kernels_of_several_tokens_compile(group, out_features):
+    product = gemv_mma.Product(7, out_features, 2048, group)
+    sizes = {"batch": 7, "out_features": out_features, "in_features": 2048, "group": group}
+    plan = gemv_norm.added_plan(product)
+    assert isinstance(plan, gemv_tokens.Plan) == (out_features == 8192)
+    scaled = sizes | {"tuned": gemv_norm.scaled_plan(product), "eps": 1e-5, "pieces": 132}
     compiled(
-        norm_several=gemv_norm.norm_gemv_mma(
-            **of_several, tuned=scaled, eps=1e-5, pieces=132, out_dtype="float32"
-        ),
-        add_several=gemv_norm.add_gemv_mma(
-            **of_several, tuned=gemv_mma.plan(several, clusters=True)
-        ),
+        norm_several=gemv_norm.norm_gemv(**scaled, out_dtype="float32"),
+        add_several=gemv_norm.add_gemv(**sizes, tuned=plan),
     )
 
 
@@ -311,12 +311,14 @@ def test_references():
         ("sum_norm_gemv_kernel", several),
         ("add_norm_gemv_kernel", [residual, y, norm, dense, *plain[-2:]]),
         ("sum_norm_gemv_kernel1", [residual, norm, *plain]),
-        ("norm_gemv_mma_kernel", [weighted, squares, packed, scale, gated]),
-        ("add_gemv_mma_kernel1", added),
+        ("norm_gemv_kernel", [weighted, squares, packed, scale, gated]),
+        ("add_gemv_kernel1", added),
+        ("add_gemv_kernel", [added[0], dense, *added[3:]]),
     ):
-        reference, of = references.reference_of(name), {} if args is added else note
+        adds = name.startswith("add_gemv")
+        reference, of = references.reference_of(name), {} if adds else note
         assert _compare("x", reference(args, args, of)).passed
-        for i in (-1, -2, -3) if args is added else (-1,):
+        for i in (-1, -2, -3) if adds else (-1,):
             wrong = [*args]
             wrong[i] = args[i] * args[i].dtype.type(1.05)
             assert not _compare("x", reference(args, wrong, of)).passed

@@ -1,6 +1,6 @@
 """Products of few tokens, their CUDA code run by a CPU's threads.
 
-`emulated_gemv.h` has the meaning of the instructions that gemv_mma.cuh and gemv_rows.cuh ask for.
+`emulated_gemv.h` has the meaning of the instructions that these CUDA sources ask for.
 """
 
 import ctypes
@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shardwright.compiler.kernels import gemv_mma, gemv_norm, gemv_rows
+from shardwright.compiler.kernels import gemv_mma, gemv_norm, gemv_rows, gemv_tokens
 from shardwright.compiler.kernels.gemv_mma import Plan, Product
 from shardwright.compiler.kernels.gemv_rows import Plan as Rows
+from shardwright.compiler.kernels.gemv_tokens import Plan as Tokens
 
 # Rows that fill no tile, a tail of the inner dimension, several tiles, teams and phases, clusters.
 CASES = {
@@ -44,6 +45,12 @@ CASES = {
         Rows(128, 2, 2, 1),
     ),
     "rows, q4, gated": (Product(1, 94, 2048, 128, True), Rows(64, 4, 3, 2)),
+    # Rings that are used again, warps with fewer columns than others, pieces, clusters.
+    "tokens": (Product(2, 42, 192), Tokens(2, 2, 1, 1, 1)),
+    "tokens, 16": (Product(16, 70, 352), Tokens(3, 3, 3, 1, 1)),
+    "tokens, gated": (Product(5, 44, 384, 0, True), Tokens(2, 2, 1, 2, 1)),
+    "tokens, 8, cluster": (Product(8, 70, 768), Tokens(2, 4, 2, 2, 2)),
+    "tokens, 12, gated, cluster": (Product(12, 60, 384, 0, True), Tokens(1, 2, 1, 3, 2)),
 }
 
 
@@ -113,6 +120,18 @@ NORMS = {
         (Product(12, 1088, 256, 32), Plan(128, 2, 2, 1, 2)),
         (Product(12, 44, 1088, 32, True), Plan(128, 1, 2, 1, 2, 1, 2)),
     ),
+    "3 tokens, fp16": (
+        (Product(3, 320, 256), Tokens(2, 3, 2, 1, 1)),
+        (Product(3, 44, 320, 0, True), Tokens(3, 2, 1, 2, 1)),
+    ),
+    "16 tokens, fp16, clusters": (
+        (Product(16, 384, 768), Tokens(2, 3, 2, 3, 2)),
+        (Product(16, 42, 384), Tokens(3, 2, 1, 1, 2)),
+    ),
+    "9 tokens, fp16, cluster in front, plainly copied": (
+        (Product(9, 256, 384), Plan(128, 1, 2, 1, 2, 2)),
+        (Product(9, 52, 256, 0, True), Tokens(1, 3, 1, 1, 1)),
+    ),
 }
 EXCHANGE = "const int64_t* peers, const int* rank, unsigned first, int place, int last_place"
 
@@ -123,9 +142,11 @@ def library(tmp_path_factory):
         pytest.skip("g++ is not installed")
     directory = tmp_path_factory.mktemp("emulated")
     text = Path(gemv_mma.__file__).with_suffix(".cuh").read_text()
-    text += Path(gemv_rows.__file__).with_suffix(".cuh").read_text()
+    for name in ("gemv_rows", "patience", "gemv_sum", "gemv_norm", "gemv_tokens"):
+        text += Path(gemv_mma.__file__).with_name(f"{name}.cuh").read_text()
     for i, (product, plan) in enumerate(CASES.values()):
-        call, grid = call_of(product, plan, "PlainOutput<half>{out}")
+        output = "PlainTokens<Z, half>" if isinstance(plan, Tokens) else "PlainOutput<half>"
+        call, grid = call_of(product, plan, f"{output}{{out}}")
         text += f"""
 extern "C" void case_{i}(const half* x, const void* w, const half* scale, half* out) {{
   run_grid({grid}, [&](char* shared) {{
@@ -134,8 +155,6 @@ extern "C" void case_{i}(const half* x, const void* w, const half* scale, half* 
   }});
 }}
 """
-    for name in ("patience.cuh", "gemv_sum.cuh", "gemv_norm.cuh"):
-        text += Path(gemv_mma.__file__).with_name(name).read_text()
     for i, (ranks, *both) in enumerate(SUMS.values()):
         sent, sent_grid = call_of(*both[0], "output")
         summed = f"SumInput<Z, {ranks}>{{residual, y, norm, sum, 1e-5f, exchange, last_place}}"
@@ -159,10 +178,15 @@ extern "C" void sum_{i}(const half* residual, const half* y, const half* norm, h
 """
     for i, both in enumerate(NORMS.values()):
         pieces = BLOCKS * both[0][1].cluster
-        added = "AddedOutput<Z>{residual, norm, sum, weighted, squares}"
+        in_front, behind = (isinstance(plan, Tokens) for _, plan in both)
+        added = "AddedTokens<Z>" if in_front else "AddedOutput<Z>"
+        added += "{residual, norm, sum, weighted, squares}"
         added, added_grid = call_of(*both[0], added)
         normed = f"NormedOutput<Z, half, {pieces}>{{squares, 1e-5f, {{out}}}}"
-        normed, normed_grid = call_of(*both[1], normed, "PlainInput{weighted}")
+        if behind:
+            normed = f"NormedTokens<Z, half, {pieces}>{{{{squares, 1e-5f, {{out}}}}}}"
+        given = "weighted" if behind else "PlainInput{weighted}"
+        normed, normed_grid = call_of(*both[1], normed, given)
         text += f"""
 extern "C" void add_{i}(const half* x, const void* w, const half* scale, const half* residual,
                         const half* norm, half* sum, half* weighted, float* squares) {{
@@ -197,6 +221,11 @@ def call_of(product, plan, output, given=""):
         call = f"product_of_rows<Z>({given or 'RowInput{x}'}, w, scale, {output}, shared)"
         threads, shared = plan.threads + 32, gemv_rows.shared_bytes(product, plan, BLOCKS)
         blocks, cluster = BLOCKS, 1
+    elif isinstance(plan, Tokens):
+        sizes = f"TokenSizes<{gemv_tokens.sizes(product, plan, BLOCKS)}>"
+        call = f"product_of_tokens<Z>({given or 'x'}, w, scale, {output}, shared)"
+        threads, cluster = (plan.warps + 1) * 32, plan.cluster
+        blocks, shared = BLOCKS * cluster, gemv_tokens.shared_bytes(product, plan, BLOCKS)
     else:
         sizes = f"Sizes<{gemv_mma.sizes(product, plan, BLOCKS)}>"
         call = f"product<Z>({given or 'PlainInput{x}'}, w, scale, {output}, shared)"
@@ -265,7 +294,7 @@ def test_residuals_behind_products_and_norms_in_front(library, name):
     (front, plan), (behind, _) = NORMS[name]
     case, tokens = list(NORMS).index(name), front.batch
     rng = np.random.default_rng(1)
-    weight, scale, dense = four_bits(rng, (front.out_features, front.in_features), front.group)
+    weight, scale, dense = random_weight(rng, front)
     # Tokens of different sizes, so that none may have another's norm.
     sizes = np.geomspace(0.01, 10, tokens)[:, None]
     x = (rng.standard_normal((tokens, front.in_features)) * sizes).astype(np.float16)
@@ -281,7 +310,7 @@ def test_residuals_behind_products_and_norms_in_front(library, name):
     wide = total.astype(np.float64)
     np.testing.assert_allclose(squares.sum(1), (wide**2).sum(1), rtol=1e-5)
 
-    weight, scale, dense = four_bits(rng, (behind.out_features, behind.in_features), behind.group)
+    weight, scale, dense = random_weight(rng, behind)
     want = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) * norm @ dense.T
     if behind.gated:
         gate, value = np.split(want, 2, axis=1)

@@ -18,6 +18,7 @@ from shardwright.compiler.kernels import (
     gemv,
     gemv_mma,
     gemv_rows,
+    gemv_tokens,
     matmul,
     norm,
     q4_batch,
@@ -273,6 +274,45 @@ def test_products_of_rows(gated):
     text = source(func)
     assert "cp.async.bulk" in text and "griddepcontrol.wait" in text
     assert f"out: T.Buffer((1, {643 if gated else 1286})" in func.script()
+
+
+@pytest.mark.parametrize("batch", [2, 8, 9, 16])
+@pytest.mark.parametrize("gated", [False, True])
+def test_plans_of_tokens_fit(batch, gated):
+    found = 0
+    for out_features, in_features in itertools.product(
+        (4096, 8192, 57344, 262144), (1024, 2048, 4096, 5120, 8192, 11008)
+    ):
+        product = gemv_mma.Product(batch, out_features, in_features, 0, gated)
+        p = gemv_tokens.plan(product)
+        if p is None:
+            continue
+        found += 1
+        assert gemv_tokens.shared_bytes(product, p) <= gemv_mma.SHARED_BYTES_CLUSTERS
+        assert 1 <= p.ahead <= p.depth and out_features * in_features * 2 >= 2**25
+        assert in_features % (32 * p.pieces * p.cluster) == 0
+        assert p.cluster == 2 or batch <= 8
+    assert found >= 6
+
+
+@pytest.mark.parametrize(
+    ("batch", "out_features", "in_features", "group"),
+    [(1, 8192, 4096, 0), (17, 8192, 4096, 0), (2, 8192, 4096, 32), (2, 4096, 2048, 0),
+     (2, 131073, 4096, 0), (2, 8192, 4104, 0), (2, 8192, 32768, 0), (16, 6144, 4096, 0)],
+)  # fmt: skip
+def test_products_without_a_plan_of_tokens(batch, out_features, in_features, group):
+    product = gemv_mma.Product(batch, out_features, in_features, group)
+    assert gemv_tokens.plan(product) is None
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_products_of_tokens(gated):
+    sizes = dict(batch=9, out_features=16384, in_features=4096, gated=gated)
+    plan = gemv_tokens.plan(gemv_mma.Product(**sizes))
+    func = gemv_tokens.gemv_tokens(**sizes, out_dtype="float32", tuned=plan)
+    text = source(func)
+    assert "cp.async.bulk" in text and "griddepcontrol.wait" in text and "mma.sync" in text
+    assert f"out: T.Buffer((9, {8192 if gated else 16384})" in func.script()
 
 
 @pytest.mark.parametrize("group", [32, 128])

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-redef"
 # (TVMScript is parsed, never run, so it has no Python types.)
-"""Residual sums and norms of several tokens as part of the four-bit products around them.
+"""Residual sums and norms of several tokens as part of the products around them.
 
 The product in front of a norm adds the residual. Beside the sum it writes that times the norm's
 weight, and each block the squares of its columns, added up. The product behind multiplies what was
@@ -10,23 +10,25 @@ GPUs with clusters of blocks.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from tvm import tirx
 from tvm.script import tirx as T
 
+from . import gemv_mma, gemv_tokens
 from .common import SCHEDULED
 from .gemv_mma import (
     CUDA_TYPE,
     MAX_BATCH,
     SHARED_BYTES_CLUSTERS,
-    Plan,
+    Function,
     Product,
     device_function,
     launch_clusters,
-    plan,
 )
+from .gemv_rows import weight_of, with_scale
 
-MOST_TOKENS = 8
-"""Of more it is hardly faster than with norms as kernels."""
+Plan: TypeAlias = gemv_mma.Plan | gemv_tokens.Plan
 
 SCALES_BYTES = MAX_BATCH * 4
 """Of shared memory, for the tokens' scales behind all else."""
@@ -34,35 +36,61 @@ SCALES_BYTES = MAX_BATCH * 4
 _BESIDE = "gemv_norm.cuh"
 
 
+def added_plan(product: Product) -> Plan | None:
+    """The plan for `add_gemv`, of several tokens, on GPUs with clusters."""
+    return gemv_tokens.plan(product) or gemv_mma.plan(product, clusters=True)
+
+
 def scaled_plan(product: Product) -> Plan | None:
-    """The plan for `norm_gemv_mma`, on GPUs with clusters, of several tokens and four bits."""
-    if not 1 < product.batch <= MOST_TOKENS or not product.group:
-        return None
-    p = plan(product, clusters=True)
-    fits = p is not None and product.shared(p) + SCALES_BYTES <= SHARED_BYTES_CLUSTERS
-    return p if fits else None
+    """The plan for `norm_gemv`, of several tokens, on GPUs with clusters."""
+    p = added_plan(product) if product.batch > 1 else None
+    if isinstance(p, gemv_mma.Plan):
+        return p if product.shared(p) + SCALES_BYTES <= SHARED_BYTES_CLUSTERS else None
+    return p
 
 
-def add_gemv_mma(
+def blocks(product: Product, p: Plan) -> int:
+    """Blocks of `add_gemv`, each of which writes a row's part of `squares`."""
+    among = gemv_tokens.parts(p) if isinstance(p, gemv_tokens.Plan) else product.parts(p)
+    return among * p.cluster
+
+
+def _function(
+    kind: str, product: Product, tuned: Plan, out_dtype: str, given: str, output: str, made: str
+) -> Function:
+    """The device function of a product; `output`, made by `made`, is one of either kernel's."""
+    given = f"const half* x, {given}"
+    if isinstance(tuned, gemv_tokens.Plan):
+        # An output of these may have another as its base.
+        made = made if kind == "add" else f"{{{made}}}"
+        output = f"{output.replace('Output', 'Tokens')}{made}"
+        return gemv_tokens.device_function(kind, product, tuned, out_dtype, given, output)
+    return device_function(
+        kind, product, tuned, out_dtype, given, output + made, beside=_BESIDE, more=SCALES_BYTES
+    )
+
+
+def add_gemv(
     *, batch: int, out_features: int, in_features: int, tuned: Plan, group: int
 ) -> tirx.PrimFunc:
-    """A four-bit product of several tokens, the residual's sum with it, and what its norm needs.
+    """A product of several tokens, the residual's sum with it, and what its norm needs.
 
-    `(x [b,K] f16, packed [N,K/8] u32, scale [N,K/group] f16, residual [b,N] f16, norm [N] f16) ->
-    (sum [b,N] f16, weighted [b,N] f16, squares [b,blocks] f32)`. `sum` is residual + product,
-    rounded as by separate kernels; `weighted` is sum * norm / 16, and all `squares` of a row add up
-    to those of its sum. `tuned` is from `plan`.
+    `(x [b,K] f16, weight, residual [b,N] f16, norm [N] f16) -> (sum [b,N] f16, weighted [b,N] f16,
+    squares [b,blocks] f32)`, `weight` [N,K] f16, or for `group` > 0 `packed [N,K/8] u32, scale
+    [N,K/group] f16`. `sum` is residual + product, rounded as by separate kernels; `weighted` is
+    sum * norm / 16, and all `squares` of a row add up to those of its sum. `tuned` is from
+    `added_plan`.
     """
     product = Product(batch, out_features, in_features, group)
-    given = "const half* x, const half* residual, const half* norm, half* sum, half* weighted, "
-    given += "float* squares"
-    output = "AddedOutput<Z>{residual, norm, sum, weighted, squares}"
-    f = device_function("add", product, tuned, "float16", given, output, beside=_BESIDE)
+    given = "const half* residual, const half* norm, half* sum, half* weighted, float* squares"
+    made = "{residual, norm, sum, weighted, squares}"
+    f = _function("add", product, tuned, "float16", given, "AddedOutput<Z>", made)
+    q4, words, dtype, scales = weight_of(product)
 
     @T.prim_func(s_tir=True)
-    def add_gemv_mma(
+    def add_gemv(
         x_h: T.handle,
-        packed_h: T.handle,
+        w_h: T.handle,
         scale_h: T.handle,
         residual_h: T.handle,
         norm_h: T.handle,
@@ -72,8 +100,8 @@ def add_gemv_mma(
     ):
         T.func_attr(SCHEDULED)
         x = T.match_buffer(x_h, (batch, in_features), "float16")
-        packed = T.match_buffer(packed_h, (out_features, in_features // 8), "uint32")
-        scale = T.match_buffer(scale_h, (out_features, in_features // group), "float16")
+        w = T.match_buffer(w_h, words, dtype)
+        scale = T.match_buffer(scale_h, scales, "float16")
         residual = T.match_buffer(residual_h, (batch, out_features), "float16")
         norm = T.match_buffer(norm_h, (out_features,), "float16")
         total = T.match_buffer(sum_h, (batch, out_features), "float16")
@@ -91,15 +119,15 @@ def add_gemv_mma(
                     total.data,
                     weighted.data,
                     squares.data,
-                    packed.data,
-                    scale.data,
+                    w.data,
+                    scale.data if q4 else w.data,
                 ],
             )
 
-    return add_gemv_mma
+    return with_scale(add_gemv, q4)
 
 
-def norm_gemv_mma(
+def norm_gemv(
     *,
     batch: int,
     out_features: int,
@@ -111,32 +139,31 @@ def norm_gemv_mma(
     pieces: int,
     gated: bool = False,
 ) -> tirx.PrimFunc:
-    """A four-bit product of the norms of sums of several tokens, from what `add_gemv_mma` gives.
+    """A product of the norms of sums of several tokens, from what `add_gemv` gives.
 
-    `(weighted [b,K] f16, squares [b,pieces] f32, packed [N,K/8] u32, scale [N,K/group] f16) -> out
-    [b,N]`; `gated` is as for `gemv_mma`, `tuned` is from `scaled_plan`.
+    `(weighted [b,K] f16, squares [b,pieces] f32, weight) -> out [b,N]`, the weight as for
+    `add_gemv`; `gated` is as for `gemv_mma`, `tuned` is from `scaled_plan`.
     """
     product = Product(batch, out_features, in_features, group, gated)
     out_type = CUDA_TYPE[out_dtype]
-    given = f"const half* x, const float* squares, float epsilon, {out_type}* out"
-    output = f"NormedOutput<Z, {out_type}, {pieces}>{{squares, epsilon, {{out}}}}"
-    f = device_function(
-        "norm", product, tuned, out_dtype, given, output, beside=_BESIDE, more=SCALES_BYTES
-    )
+    given = f"const float* squares, float epsilon, {out_type}* out"
+    output, made = f"NormedOutput<Z, {out_type}, {pieces}>", "{squares, epsilon, {out}}"
+    f = _function("norm", product, tuned, out_dtype, given, output, made)
+    q4, words, dtype, scales = weight_of(product)
 
     @T.prim_func(s_tir=True)
-    def norm_gemv_mma(
+    def norm_gemv(
         weighted_h: T.handle,
         squares_h: T.handle,
-        packed_h: T.handle,
+        w_h: T.handle,
         scale_h: T.handle,
         out_h: T.handle,
     ):
         T.func_attr(SCHEDULED)
         weighted = T.match_buffer(weighted_h, (batch, in_features), "float16")
         squares = T.match_buffer(squares_h, (batch, pieces), "float32")
-        packed = T.match_buffer(packed_h, (out_features, in_features // 8), "uint32")
-        scale = T.match_buffer(scale_h, (out_features, in_features // group), "float16")
+        w = T.match_buffer(w_h, words, dtype)
+        scale = T.match_buffer(scale_h, scales, "float16")
         out = T.match_buffer(out_h, (batch, product.outputs), out_dtype)
         with T.sblock("root"):
             T.reads()
@@ -148,9 +175,9 @@ def norm_gemv_mma(
                     squares.data,
                     T.float32(eps),
                     out.data,
-                    packed.data,
-                    scale.data,
+                    w.data,
+                    scale.data if q4 else w.data,
                 ],
             )
 
-    return norm_gemv_mma
+    return with_scale(norm_gemv, q4)

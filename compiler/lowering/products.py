@@ -16,6 +16,7 @@ from shardwright.compiler.kernels import (
     gemv_rocm,
     gemv_rows,
     gemv_sum,
+    gemv_tokens,
     matmul,
     matmul_rocm,
     q4_batch,
@@ -154,21 +155,21 @@ def lower_add_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) 
 
 
 def lower_add_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
-    """A four-bit product of several tokens and the residual's sum with it, in one kernel."""
-    x, packed, scale, *_ = args
-    product = product_of([packed, scale], gated=False, batch=shape_of(x)[0])
-    shapes = _planned(product, gemv_mma.plan(product, clusters=True))
-    kernel = k.kernel(gemv_norm.add_gemv_mma, batch=product.batch, **shapes)
+    """A product of several tokens and the residual's sum with it, in one kernel."""
+    x, *weight, _residual, _norm = args
+    product = product_of(weight, gated=False, batch=shape_of(x)[0])
+    shapes = _planned(product, gemv_norm.added_plan(product))
+    kernel = k.kernel(gemv_norm.add_gemv, batch=product.batch, **shapes)
     return relax.call_tir(kernel, args, list(call.ty.fields))
 
 
 def lower_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
-    """A four-bit product of the norms of several tokens, from what `lower_add_linear` leaves."""
+    """A product of the norms of several tokens, from what `lower_add_linear` leaves."""
     *tensors, eps = args
-    x, squares, packed, scale = tensors
-    product = product_of([packed, scale], gated=_is_gated(call), batch=shape_of(x)[0])
+    x, squares, *weight = tensors
+    product = product_of(weight, gated=_is_gated(call), batch=shape_of(x)[0])
     kernel = k.kernel(
-        gemv_norm.norm_gemv_mma,
+        gemv_norm.norm_gemv,
         batch=product.batch,
         **_planned(product, gemv_norm.scaled_plan(product)),
         out_dtype=str(call.ty.dtype),
@@ -215,7 +216,9 @@ def _normed_shapes(call: relax.Call, weight: list[relax.Expr]) -> dict[str, Any]
     return shapes | {"out_dtype": out_dtype, "gated": product.gated}
 
 
-def _planned(product: gemv_mma.Product, tuned: gemv_sum.Plan | None) -> dict[str, Any]:
+def _planned(
+    product: gemv_mma.Product, tuned: gemv_sum.Plan | gemv_norm.Plan | None
+) -> dict[str, Any]:
     """What the kernels of few tokens around norms all take."""
     return {
         "out_features": product.out_features,
@@ -265,6 +268,10 @@ def _matrix_vector(
         rows = gemv_rows.plan(product) if k.clusters else None
         if rows is not None:
             kernel = k.kernel(gemv_rows.gemv_rows, **shapes, tuned=rows)
+            return relax.call_tir(kernel, args, call.ty)
+        tokens = gemv_tokens.plan(product) if k.clusters else None
+        if tokens is not None:
+            kernel = k.kernel(gemv_tokens.gemv_tokens, batch=batch, **shapes, tuned=tokens)
             return relax.call_tir(kernel, args, call.ty)
         tuned = gemv_mma.plan(product, clusters=k.clusters)
         if tuned is not None:
