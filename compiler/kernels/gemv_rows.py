@@ -30,6 +30,7 @@ from .gemv_mma import (
 WARP = 32
 MOST_THREADS = 512  # that multiply
 MOST_PIECES = {0: 8, 4: 2}  # of a row, that a thread has, by the bits of its weight if quantized
+AHEAD = {0: 0.5, 4: 0.35}  # of the ring's places, filled before x is looked at, by the same
 MIN_Q4_BYTES = 9 << 20
 """Of a four-bit weight; smaller ones are faster in `gemv_mma.py`."""
 _SUMS = 8  # of rows, that threads add up at once; see `RowSizes`
@@ -58,19 +59,19 @@ def plan(product: Product, *, whole_x: bool = False) -> Plan | None:
 
     With `whole_x` the threads hold x once, as one whose norm they compute must be.
     """
-    pieces, q4 = _pieces(product), product.group > 0
+    pieces, bits = _pieces(product), 4 if product.group else 0
     if product.batch != 1 or not _fits(product):
         return None
     each = _ceil(pieces, MOST_THREADS)
     threads = _ceil(_ceil(pieces, each), WARP) * WARP
-    if q4 or (not whole_x and pieces % WARP == 0):
+    if bits or (not whole_x and pieces % WARP == 0):
         threads *= max(1, MOST_THREADS // threads)  # several rows at once
-    if each > MOST_PIECES[4 if q4 else 0]:
+    if each > MOST_PIECES[bits]:
         return None
-    for units in (2,) if product.gated else (2, 1):
+    for units in (4, 2) if product.gated else (4, 2, 1):
         takes = _ceil(_most(product), _taken(product, threads, units))
         for depth in range(takes, 0, -1):
-            p = Plan(threads, units, depth, _ceil(depth, 2))
+            p = Plan(threads, units, depth, max(1, int(depth * AHEAD[bits] + 0.5)))
             if shared_bytes(product, p) <= SHARED_BYTES_CLUSTERS:
                 if depth < min(takes, 3):
                     break  # too few: smaller places
