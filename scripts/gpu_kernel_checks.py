@@ -100,6 +100,10 @@ ATTENTION = [  # heads, kv_heads, head_dim, batch, contexts
     (128, 8, 256, 1, [256]),
     (128, 8, 256, 1, [16384]),
     (128, 8, 64, 1, [16384]),
+    (64, 8, 64, 1, [16384]),
+    (32, 2, 128, 1, [16384]),
+    (30, 2, 128, 1, [700]),  # pairs of blocks with 8 and 7 query heads
+    (18, 2, 256, 1, [40]),  # and with 5 and 4, which further blocks share
     (32, 8, 64, 1, [65536]),
     (32, 8, 80, 1, [65536]),
     (32, 8, 96, 1, [65536]),

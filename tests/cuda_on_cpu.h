@@ -15,6 +15,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -272,29 +273,43 @@ inline unsigned transposed_8x8(unsigned x) {
   return y;
 }
 
+// Another block of a cluster may count for a barrier too, so one lock guards all of them.
 struct Phase {
-  short arrivals, left;
-  int parity;
+  signed char arrivals, left;
+  short parity;
+  int bytes;  // that are expected and have not come, or the other way about
 };
 constexpr int kCopiers = 1;
+inline std::mutex phases;
+inline void phase_change(uint64_t* barrier, int arrivals, int bytes) {
+  const std::lock_guard<std::mutex> guard(phases);
+  Phase& phase = *(Phase*)barrier;
+  phase.left -= arrivals;
+  phase.bytes += bytes;
+  if (phase.left == 0 && phase.bytes == 0) phase.left = phase.arrivals, phase.parity ^= 1;
+}
 inline void phase_start(uint64_t* barrier, int arrivals) {
-  *(Phase*)barrier = {(short)arrivals, (short)arrivals, 0};
+  *(Phase*)barrier = {(signed char)arrivals, (signed char)arrivals, 0, 0};
 }
 inline void phases_started() {}
-inline void phase_arrive(uint64_t* barrier) {
-  Phase& phase = *(Phase*)barrier;
-  if (--phase.left == 0) phase.left = phase.arrivals, phase.parity ^= 1;
+inline void phase_arrive(uint64_t* barrier) { phase_change(barrier, 1, 0); }
+inline bool phase_done(uint64_t* barrier, int parity) {
+  const std::lock_guard<std::mutex> guard(phases);
+  return ((Phase*)barrier)->parity != parity;
 }
 inline void phase_wait(uint64_t* barrier, int parity) {
-  while (((Phase*)barrier)->parity == parity) host::yield();
+  while (!phase_done(barrier, parity)) host::yield();
 }
-inline void copies_expect(bool, uint64_t*, int) {}
-inline void copy_each(bool mine, void* to, const void* from, int bytes, uint64_t*) {
-  if (mine) memcpy(to, from, bytes);
+inline void fence_copies() {}
+inline void copies_expect(bool mine, uint64_t* barrier, int bytes) {
+  if (mine) phase_change(barrier, 1, bytes);
 }
-inline void copies_issued(bool mine, uint64_t* barrier) {
-  if (mine) phase_arrive(barrier);
+inline void copy_each(bool mine, void* to, const void* from, int bytes, uint64_t* barrier) {
+  if (!mine) return;
+  memcpy(to, from, bytes);
+  phase_change(barrier, 0, -bytes);
 }
+inline void copies_issued(bool, uint64_t*) {}
 inline void meet(int barrier, int threads) {
   static thread_local host::Barrier barriers[16];
   barriers[barrier].size = threads;
@@ -324,6 +339,14 @@ inline void cluster_meet() {
 }
 inline char* in_block(const void* here, int part) {
   return (char*)here + (host::block->cluster->anchors[part] - &host::anchor);
+}
+inline void fence_copies_to_both() {}
+inline void copy_to_both(bool mine, void* to, const void* from, int bytes, uint64_t* barrier) {
+  for (int part = 0; part < 2; ++part)
+    copy_each(mine, in_block(to, part), from, bytes, (uint64_t*)in_block(barrier, part));
+}
+inline void phase_arrive_in_block(uint64_t* barrier, int part) {
+  phase_arrive((uint64_t*)in_block(barrier, part));
 }
 inline void store_in_block(char* there, unsigned long long value) { memcpy(there, &value, 8); }
 inline unsigned long long load_from_block(const char* there) {

@@ -63,10 +63,12 @@ void reduce_many(const Rank* ranks, int rows, bool two_shots, bool fused) {
 
 template <typename Z>
 void attend(const DecodeArgs& args) {
-  host::launch(Z::N * Z::K * Z::P * Z::S, 1, Z::THREADS, [&](int block, int, int tid) {
-    alignas(16) static thread_local char shared[Z::SHARED];
-    decode_attention<Z>(args, block, tid, shared);
-  });
+  constexpr int kCluster = Z::PAIR ? 2 : 1;
+  host::launch(Z::N * Z::K * Z::P * Z::S / kCluster, kCluster, Z::THREADS,
+               [&](int cluster, int rank, int tid) {
+                 alignas(16) static thread_local char shared[Z::SHARED];
+                 decode_attention<Z>(args, cluster * kCluster + rank, tid, shared);
+               });
 }
 
 }  // namespace
@@ -84,19 +86,22 @@ int all_reduce_many(int ranks, int size, bool two_shots, bool fused, const Rank*
 
 // Sizes as tests/test_cuda_on_cpu.py names them, heads and so on as in DECODE there.
 int decode_attention_case(int number, const DecodeArgs* args) {
-  // tokens, heads, kv heads, head dim, page, parts, warps, stages, ahead, few, splits, blocks;
+  // tokens, heads, kv heads, head dim, page, parts, warps, loaders, stages, ahead; pair; few, splits,
+  // blocks;
   // append, joined, rotary, window, capped, sinks
   switch (number) {
-    case 0: attend<DecodeSizes<1, 4, 1, 32, 16, 1, 2, 4, 3, 2, 3, 3, true, true, 32, 0, false, false>>(*args); break;
-    case 1: attend<DecodeSizes<4, 6, 2, 48, 16, 1, 2, 4, 2, 1, 4, 5, true, false, 32, 0, false, false>>(*args); break;
-    case 2: attend<DecodeSizes<4, 9, 1, 16, 32, 2, 3, 3, 3, 1, 1, 4, false, false, 16, 0, false, true>>(*args); break;
-    case 3: attend<DecodeSizes<4, 16, 1, 64, 16, 1, 2, 2, 2, 2, 2, 3, true, true, 64, 20, true, true>>(*args); break;
-    case 4: attend<DecodeSizes<1, 12, 1, 144, 16, 1, 1, 2, 2, 1, 2, 2, true, true, 144, 0, false, false>>(*args); break;
-    case 5: attend<DecodeSizes<4, 6, 2, 48, 16, 1, 2, 4, 4, 2, 3, 12, true, false, 32, 0, false, true>>(*args); break;
-    case 6: attend<DecodeSizes<1, 9, 1, 128, 64, 1, 2, 2, 2, 1, 12, 12, false, false, 128, 0, false, false>>(*args); break;
-    case 7: attend<DecodeSizes<2, 2, 1, 256, 16, 1, 2, 2, 2, 1, 2, 2, true, true, 256, 0, false, false>>(*args); break;
-    case 8: attend<DecodeSizes<1, 12, 1, 48, 16, 1, 8, 16, 9, 2, 8, 8, true, true, 48, 0, false, true>>(*args); break;
-    case 9: attend<DecodeSizes<1, 4, 1, 16, 64, 1, 8, 16, 9, 4, 1, 1, true, true, 16, 0, false, false>>(*args); break;
+    case 0: attend<DecodeSizes<1, 4, 1, 32, 16, 1, 2, 1, 4, 3, false, 2, 3, 3, true, true, 32, 0, false, false>>(*args); break;
+    case 1: attend<DecodeSizes<4, 6, 2, 48, 16, 1, 2, 1, 4, 2, false, 1, 4, 5, true, false, 32, 0, false, false>>(*args); break;
+    case 2: attend<DecodeSizes<4, 9, 1, 16, 32, 2, 3, 1, 3, 3, false, 1, 1, 4, false, false, 16, 0, false, true>>(*args); break;
+    case 3: attend<DecodeSizes<4, 16, 1, 64, 16, 1, 2, 1, 2, 2, false, 2, 2, 3, true, true, 64, 20, true, true>>(*args); break;
+    case 4: attend<DecodeSizes<1, 12, 1, 144, 16, 1, 1, 1, 2, 2, false, 1, 2, 2, true, true, 144, 0, false, false>>(*args); break;
+    case 5: attend<DecodeSizes<4, 6, 2, 48, 16, 1, 2, 1, 4, 4, false, 2, 3, 12, true, false, 32, 0, false, true>>(*args); break;
+    case 6: attend<DecodeSizes<1, 9, 1, 128, 64, 1, 2, 1, 2, 2, false, 1, 12, 12, false, false, 128, 0, false, false>>(*args); break;
+    case 7: attend<DecodeSizes<2, 2, 1, 256, 16, 1, 2, 1, 2, 2, false, 1, 2, 2, true, true, 256, 0, false, false>>(*args); break;
+    case 8: attend<DecodeSizes<1, 12, 1, 48, 16, 1, 8, 4, 16, 8, false, 2, 8, 8, true, true, 48, 0, false, true>>(*args); break;
+    case 9: attend<DecodeSizes<1, 4, 1, 16, 64, 1, 8, 4, 16, 8, false, 4, 1, 1, true, true, 16, 0, false, false>>(*args); break;
+    case 10: attend<DecodeSizes<1, 9, 1, 64, 16, 2, 2, 1, 4, 2, true, 2, 3, 6, true, true, 64, 0, false, false>>(*args); break;
+    case 11: attend<DecodeSizes<1, 24, 2, 32, 64, 2, 12, 4, 24, 12, true, 24, 4, 16, false, false, 32, 0, false, true>>(*args); break;
     default: return 1;
   }
   return 0;

@@ -244,8 +244,13 @@ DECODE = [
     (12, 1, 48, 16, [40], dict(append="joined", sinks=True)),
     (12, 1, 48, 16, [140], dict(append="joined", sinks=True)),
     (4, 1, 16, 64, [801], dict(append="joined")),  # the ring is used again, with several loaders
+    # Pairs of blocks that copy for each other, of 5 and 4 query heads; once nobody has any chunks.
+    (9, 1, 64, 16, [203], dict(append="joined")),
+    (9, 1, 64, 16, [20], dict(append="joined")),  # slices of 4 and 1 heads, and of 4 and none
+    (9, 1, 64, 16, [-1], dict(append="joined")),
+    (24, 2, 32, 64, [801], dict(sinks=True)),  # again a ring used twice; warps are no power of two
 ]
-NUMBERS = [0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 6, 8, 8, 9]
+NUMBERS = [0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 6, 8, 8, 9, 10, 10, 10, 11]
 
 
 class DecodeArgs(ctypes.Structure):

@@ -74,10 +74,11 @@ def test_decode_attention_on_cuda(append, heads, kv_heads, head_dim):
         tokens=2, kv_heads=kv_heads, group=heads // kv_heads, head_dim=head_dim
     )
     assert sizes[:5] == ["2", str(heads), str(kv_heads), str(head_dim), "16"]
-    numbers = plan.parts, plan.warps, plan.stages, plan.ahead, plan.few, plan.splits, plan.blocks
-    assert sizes[5:12] == [str(x) for x in numbers]
+    numbers = [plan.parts, plan.warps, plan.loaders, plan.stages, plan.ahead]
+    assert sizes[5:10] == [str(x) for x in numbers]
+    assert sizes[10:14] == ["false", *(str(x) for x in (plan.few, plan.splits, plan.blocks))]
     flags = [{True: "true", False: "false"}[x] for x in (append != "", append == "joined")]
-    assert sizes[12:] == [*flags, str(head_dim // 2), "5", "false", "false"]
+    assert sizes[14:] == [*flags, str(head_dim // 2), "5", "false", "false"]
     # It may start before the kernel in front has ended.
     assert "shardwright_launch_dependents();" in text
 
@@ -140,6 +141,10 @@ def test_decode_plans(group, head_dim, arch):
             # As the kernel asserts.
             assert plan.stages % plan.warps == 0
             assert plan.warps <= plan.ahead <= plan.stages
+            assert plan.warps % plan.loaders == 0
+            assert plan.loaders == 1 or plan.ahead % plan.warps == 0
+            assert not plan.pair or (plan.parts == 2 and arch == 90 and tokens == 1)
+            assert plan.threads <= 1024
             items = tokens * kv_heads * plan.parts
             assert plan.splits == 1 or items <= attention_cuda.MAX_COUNTERS
             assert 0 < plan.splits <= 64
@@ -155,6 +160,17 @@ def test_large_groups_are_two_parts_where_that_is_faster(head_dim, tokens, parts
     plan = attention_cuda.decode_plan(tokens=tokens, kv_heads=8, group=16, head_dim=head_dim)
     assert plan.parts == parts
     assert tokens * 8 * plan.parts * plan.splits <= 2 * attention_cuda.MULTIPROCESSORS
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "arch", "pair"), [(8, 90, True), (8, 89, False), (2, 90, False)]
+)
+def test_two_blocks_copy_for_each_other_where_a_large_group_is_read_twice(kv_heads, arch, pair):
+    shapes = dict(heads=16 * kv_heads, kv_heads=kv_heads, head_dim=128, scale=0.1, target="cuda")
+    func = attention_cuda.decode_attention(tokens=1, append="joined", arch=arch, **shapes, **CACHE)
+    assert ('T.thread_binding(2, thread="clusterCtaIdx.x")' in func.script()) == pair
+    sizes = re.search(r"DecodeSizes<1, ([^>]*)>", func.script())[1].split(", ")
+    assert sizes[4] == "2" and sizes[9] == str(pair).lower()
 
 
 def test_copies_under_way_are_fewer_than_the_ring_holds():

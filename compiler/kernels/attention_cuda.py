@@ -56,24 +56,27 @@ def prefill_supported(*, arch: int, **sizes: Any) -> bool:
 class DecodePlan:
     """`parts` items share the query heads of a kv head of a token.
 
-    A block has `warps` warps that compute and shared memory for `stages` chunks of 16 positions, of
-    which at most `ahead` are on their way at a time.
+    A block has `warps` warps that compute, `loaders` that copy, and shared memory for `stages`
+    chunks of 16 positions, of which at most `ahead` are on their way at a time. With `pair` the
+    blocks of two parts are a cluster, and each copies half of every chunk for both.
     An item's context is cut among at most `splits` blocks, while it is short among so many that
     each takes about `few` chunks; about `blocks` fill the GPU.
     """
 
     parts: int
     warps: int
+    loaders: int
     stages: int
     ahead: int
+    pair: bool
     few: int
     splits: int
     blocks: int
 
     @property
     def threads(self) -> int:
-        """Of a block, as `DecodeSizes` of `decode_attention.cuh`: with the warps that copy."""
-        return 32 * (self.warps + (4 if self.warps == 8 else 1))
+        """Of a block, as `DecodeSizes` of `decode_attention.cuh`."""
+        return 32 * (self.warps + self.loaders)
 
     def shared(self, group: int, head_dim: int) -> int:
         """Bytes of shared memory of a block, as `DecodeSizes` of `decode_attention.cuh`."""
@@ -96,6 +99,8 @@ def decode_plan(
         parts = -(-group // 8)
     while True:
         items = tokens * kv_heads * parts
+        # With fewer items pairs are no faster: their contexts are cut into smaller pieces.
+        pair = alone and head_dim >= 128 and parts == 2 and 16 <= items <= 33 and _much_shared(arch)
         many, few = -(-group // parts) > 8, 4
         if items > MULTIPROCESSORS:  # small blocks, several to a multiprocessor
             warps, ring, blocks, splits = 2, 48, 4 * MULTIPROCESSORS, 2
@@ -103,9 +108,11 @@ def decode_plan(
             warps, ring, blocks = 4, 64, 2 * MULTIPROCESSORS
             splits = blocks // items
         else:
-            warps = 4 if many and head_dim > 128 else 8  # as there are registers for the sums
+            # As there are registers for the sums; in a pair, so that each warp has several places.
+            warps = 4 if (many or pair) and head_dim > 128 else 8
             # Beside a ring of 200 KB the product before has no room, which costs a step of 8B 1 %.
-            ring, blocks = 200 if alone and not many and head_dim < 128 else 144, MULTIPROCESSORS
+            large = pair or (alone and not many and head_dim < 128)
+            ring, blocks = 200 if large else 144, MULTIPROCESSORS
             splits = min(64, (2 if 1 < tokens and items <= 16 else 1) * blocks // items)
             if tokens > 1 and items > 16:  # to join two blocks' sums takes longer than that
                 few = min(24, items // 2)
@@ -114,10 +121,10 @@ def decode_plan(
         while warps > 1:
             bytes_of_ring = min(ring * 1024, limit - 16 * 1024)
             stages = max(1, bytes_of_ring // (64 * head_dim) // warps) * warps
-            ahead = stages
-            if warps == 8:  # some 50 KB under way to each block keep the memory busy
-                ahead = min(stages, max(8, 896 // head_dim))
-            plan = DecodePlan(parts, warps, stages, ahead, few, splits, blocks)
+            loaders, ahead = (4 if warps == 8 or pair else 1), stages
+            if warps == 8 and not pair:  # some 50 KB under way to each block keep the memory busy
+                ahead = min(stages, max(1, round(112 / head_dim)) * 8)
+            plan = DecodePlan(parts, warps, loaders, stages, ahead, pair, few, splits, blocks)
             if plan.shared(group, head_dim) <= limit:
                 return plan
             warps //= 2
@@ -168,50 +175,54 @@ def decode_attention(
     rows_of_table = extent(batch, "b")
     sums_shape, stats_shape = decode_scratch(plan, tokens, heads, kv_heads, head_dim)
     flag = {True: "true", False: "false"}
-    numbers = [tokens, heads, kv_heads, head_dim, page_size, plan.parts, plan.warps, plan.stages]
-    numbers += [plan.ahead, plan.few, plan.splits, plan.blocks]
-    sizes = [*map(str, numbers), flag[append != ""], flag[append == "joined"], str(turned)]
-    sizes += [str(window), flag[softcap > 0], flag[sinks]]
-    name = f"shardwright::decode_attention<shardwright::DecodeSizes<{', '.join(sizes)}>>"
+    sizes: list[int | str] = [tokens, heads, kv_heads, head_dim, page_size, plan.parts]
+    sizes += [plan.warps, plan.loaders, plan.stages, plan.ahead, flag[plan.pair]]
+    sizes += [plan.few, plan.splits, plan.blocks]
+    sizes += [flag[append != ""], flag[append == "joined"], turned]
+    sizes += [window, flag[softcap > 0], flag[sinks]]
+    name = f"shardwright::decode_attention<shardwright::DecodeSizes<{', '.join(map(str, sizes))}>>"
     source = cuda_source("decode_attention.cuh")
     blocks = tokens * kv_heads * plan.parts * plan.splits
     shared = plan.shared(group, head_dim)
 
     @T.inline
-    def body(q, k, v, table, k_pages, v_pages, page_table, rows, positions, sink_values, layer, out,
-             sums, stats):  # fmt: skip
+    def attend(block, tid, args, layer, out, sums, stats):
+        launch_dependents(target)
+        decode_shared = T.alloc_buffer((shared,), "uint8", scope="shared.dyn")
+        T.evaluate(
+            T.cuda.func_call(
+                name,
+                *[x.data for x in args],
+                out.data,
+                sums.data,
+                stats.data,
+                layer,
+                pages,
+                T.cast(rows_of_table, "int32"),
+                max_pages,
+                T.float32(scale),
+                T.float32(softcap),
+                block,
+                tid,
+                decode_shared.data,
+                source_code=source,
+            )
+        )
+
+    @T.inline
+    def alone(args, layer, out, sums, stats):
         for block in T.thread_binding(blocks, thread="blockIdx.x"):
             for tid in T.thread_binding(plan.threads, thread="threadIdx.x"):
-                launch_dependents(target)
-                decode_shared = T.alloc_buffer((shared,), "uint8", scope="shared.dyn")
-                T.evaluate(
-                    T.cuda.func_call(
-                        name,
-                        q.data,
-                        k.data,
-                        v.data,
-                        table.data,
-                        k_pages.data,
-                        v_pages.data,
-                        page_table.data,
-                        rows.data,
-                        positions.data,
-                        sink_values.data,
-                        out.data,
-                        sums.data,
-                        stats.data,
-                        layer,
-                        pages,
-                        T.cast(rows_of_table, "int32"),
-                        max_pages,
-                        T.float32(scale),
-                        T.float32(softcap),
-                        block,
-                        tid,
-                        decode_shared.data,
-                        source_code=source,
-                    )
-                )
+                attend(block, tid, args, layer, out, sums, stats)
+
+    @T.inline
+    def in_pairs(args, layer, out, sums, stats):
+        for block in T.thread_binding(blocks, thread="blockIdx.x"):
+            for _rank in T.thread_binding(2, thread="clusterCtaIdx.x"):
+                for tid in T.thread_binding(plan.threads, thread="threadIdx.x"):
+                    attend(block, tid, args, layer, out, sums, stats)
+
+    body = in_pairs if plan.pair else alone
 
     if append == "joined":
 
@@ -243,7 +254,7 @@ def decode_attention(
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                body(qkv, qkv, qkv, table, k_pages, v_pages, page_table, rows, positions, stats,
+                body((qkv, qkv, qkv, table, k_pages, v_pages, page_table, rows, positions, stats),
                      layer, out, sums, stats)  # fmt: skip
 
         return decode_attention_joined
@@ -282,8 +293,8 @@ def decode_attention(
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                body(q, k, v, table, k_pages, v_pages, page_table, rows, positions, stats, layer,
-                     out, sums, stats)  # fmt: skip
+                body((q, k, v, table, k_pages, v_pages, page_table, rows, positions, stats),
+                     layer, out, sums, stats)  # fmt: skip
 
         return decode_attention_apart
 
@@ -317,7 +328,7 @@ def decode_attention(
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                body(q, q, q, stats, k_pages, v_pages, page_table, rows, positions, sink_values,
+                body((q, q, q, stats, k_pages, v_pages, page_table, rows, positions, sink_values),
                      layer, out, sums, stats)  # fmt: skip
 
         return decode_attention_sinks
@@ -349,8 +360,8 @@ def decode_attention(
             T.reads()
             T.writes()
             # Keys, values and angles are in the cache and in q.
-            body(q, q, q, stats, k_pages, v_pages, page_table, rows, positions, stats, layer, out,
-                 sums, stats)  # fmt: skip
+            body((q, q, q, stats, k_pages, v_pages, page_table, rows, positions, stats), layer,
+                 out, sums, stats)  # fmt: skip
 
     return decode_attention_alone
 

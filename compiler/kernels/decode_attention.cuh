@@ -15,6 +15,9 @@
 // are so short that blocks are left over, the query heads are dealt to those as well. The other
 // blocks leave at once. The last block to finish, of those with the same heads, joins their sums,
 // always in the same order.
+//
+// With `Pair` two parts of a kv head's query heads are two blocks of a cluster, which copy half of
+// each chunk for both: so it is read from the L2 cache once.
 
 namespace shardwright {
 
@@ -148,21 +151,21 @@ struct Quad {
 };
 
 // Sizes of an instance. `Parts` items share the query heads of a kv head. A block has `Warps` warps
-// and a loader, or 4 loaders for 8 warps, and room for `Stages` chunks, of which at most `Ahead` are
-// under way at a time. At most `Splits` blocks share an item, as many as have about `Few` chunks or
+// and `Loaders`, and room for `Stages` chunks, of which at most `Ahead` are under way at a time. At
+// most `Splits` blocks share an item, as many as have about `Few` chunks or
 // more; about `Blocks` fill the GPU. With `Append`, `Rotary` elements of each head are turned, and
 // with `Joined` queries, keys and values lie in one matrix. `Window` is 0 for none.
 template <int Tokens, int Heads, int KvHeads, int HeadDim, int Page, int Parts, int Warps,
-          int Stages, int Ahead, int Few, int Splits, int Blocks, bool Append, bool Joined,
-          int Rotary, int Window, bool Capped, bool Sinks>
+          int Loaders, int Stages, int Ahead, bool Pair, int Few, int Splits, int Blocks,
+          bool Append, bool Joined, int Rotary, int Window, bool Capped, bool Sinks>
 struct DecodeSizes {
   static constexpr int N = Tokens, H = Heads, K = KvHeads, D = HeadDim, PAGE = Page, P = Parts,
-                       W = Warps, STAGES = Stages, AHEAD = Ahead, FEW = Few, S = Splits,
-                       BLOCKS = Blocks, R = Rotary, WINDOW = Window;
-  static constexpr bool APPEND = Append, JOINED = Joined, CAPPED = Capped, SINKS = Sinks;
+                       W = Warps, LOADERS = Loaders, STAGES = Stages, AHEAD = Ahead, FEW = Few,
+                       S = Splits, BLOCKS = Blocks, R = Rotary, WINDOW = Window;
+  static constexpr bool PAIR = Pair, APPEND = Append, JOINED = Joined, CAPPED = Capped,
+                        SINKS = Sinks;
   static constexpr int GROUP = H / K, Q = (GROUP + P - 1) / P, NT = (Q + 7) / 8;
-  // Loaders, and how many chunks each of them copies at a time.
-  static constexpr int LOADERS = W == 8 ? 4 : 1, LOADS = W / LOADERS;
+  static constexpr int LOADS = W / LOADERS;  // chunks that a loader copies at a time
   static constexpr int THREADS = (W + LOADERS) * 32;
   // In shared memory, in halves: a chunk, a head, and where the heads begin.
   static constexpr int STAGE = 2 * kChunk * D, LINE = D + 8;  // so that reads meet no bank twice
@@ -172,7 +175,11 @@ struct DecodeSizes {
   static_assert(2 * Q * D <= STAGE && 2 * S * Q <= HEADS, "the ring has room for them");
   // So a place in the ring is always the same warp's, which therefore sees each of its phases end.
   static_assert(STAGES % W == 0, "warps take the places of the ring in turn");
-  static_assert(W <= AHEAD && AHEAD <= STAGES, "loaders copy W chunks at a time");
+  static_assert(W % LOADERS == 0 && W <= AHEAD && AHEAD <= STAGES, "loaders copy W chunks at a time");
+  // Another one may have filled the place once more before this one looks, and then it would wait for
+  // good: phases are known by their parity.
+  static_assert(LOADERS == 1 || AHEAD % W == 0, "a loader waits for a chunk of its own");
+  static_assert(!PAIR || P == 2, "a pair shares the query heads of a kv head");
   static_assert(!APPEND || R % 4 == 0, "pairs are turned two at a time");
 };
 
@@ -234,11 +241,12 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
 #pragma unroll
     for (int i = 0; i < STAGES; i += W) {  // its places in the ring
       phase_start(filled + i + warp, kCopiers);
-      phase_start(emptied + i + warp, 1);
+      phase_start(emptied + i + warp, Z::PAIR ? 2 : 1);
     }
     phases_started();
   }
-  __syncthreads();
+  if constexpr (Z::PAIR) cluster_meet();
+  else __syncthreads();
   const int begin = begin_of(length), chunk0 = begin / kChunk, chunks = chunks_of(length);
   int share = FEW;  // of a block
   if constexpr (Z::N > 1) {
@@ -256,14 +264,16 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
   const int most = (int)(1.5f * sqrtf(chunks));  // joining more sums would take longer
   const int blocks = min(min(Z::S, most), max(1, (chunks + share / 2) / share));
   int split = number, slice = 0, before = part * Q, queries = min(Q, Z::GROUP - before);
+  int most_queries = Q;  // of a slice of either part
   if constexpr (Z::N == 1 && Q > LEAST_HEADS)
     if (2 * blocks <= Z::S) {  // blocks are left over: they share the query heads
       const int slices = Z::S / blocks, each = max(LEAST_HEADS, (Q + slices - 1) / slices);
       slice = number / blocks, split = number % blocks;
       before += slice * each;
       queries = min(queries - slice * each, each);
+      most_queries = min(Q - slice * each, each);
     }
-  if (split >= blocks || queries <= 0) {
+  if (split >= blocks || (Z::PAIR ? most_queries : queries) <= 0) {
     wait_for_inputs();
     return;
   }
@@ -279,9 +289,10 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
     const int index = index_of(lane), found = __shfl_sync(~0u, near, index % 32);
     if (row == t && index < 32) page = found;
     else if (row != t || index != guess) page = pages[index];
-    for (int i0 = 0; i0 < count; i0 += 32) {
-      const int i = i0 + lane, stage = i % STAGES, now = page, some = min(32, count - i0);
-      if (i0 + 32 < count) page = pages[index_of(i + 32)];
+    constexpr int LANES = 32 / W * W;  // so a place in the ring is always the same loader's
+    for (int i0 = 0; i0 < count; i0 += LANES) {
+      const int i = i0 + lane, stage = i % STAGES, now = page, some = min(LANES, count - i0);
+      if (i0 + LANES < count) page = pages[index_of(i + LANES)];
       const int64_t line = ((a.layer * a.pages + now) * Z::K + kv_head) * PAGE +
                            (chunk0 + chunk_of(i)) * kChunk % PAGE;
       half* const keys = ring + stage * Z::STAGE;
@@ -289,7 +300,12 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
         const int from = first + (warp - W) * Z::LOADS;
         const bool mine = lane >= from && lane < min(some, from + Z::LOADS);
         if (mine) {
-          if (i >= STAGES) phase_wait(emptied + stage, (i / STAGES - 1) % 2);
+          if (i >= STAGES) {
+            phase_wait(emptied + stage, (i / STAGES - 1) % 2);
+            // Warps that compute would wait longer for it, behind what they read.
+            if constexpr (Z::PAIR) fence_copies_to_both();
+            else fence_copies();
+          }
           // With many copies under way all other reads would take longer too.
           if (Z::AHEAD < STAGES && i >= Z::AHEAD)
             phase_wait(filled + (i - Z::AHEAD) % STAGES, (i - Z::AHEAD) / STAGES % 2);
@@ -297,8 +313,15 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
         }
         __syncwarp();
         copies_expect(mine, filled + stage, 2 * kChunk * D * 2);
-        copy_each(mine, keys, a.k_pages + line * D, kChunk * D * 2, filled + stage);
-        copy_each(mine, keys + kChunk * D, a.v_pages + line * D, kChunk * D * 2, filled + stage);
+        if constexpr (Z::PAIR) {
+          const bool values = part != 0;  // the one copies keys, the other values
+          copy_to_both(mine, keys + (values ? kChunk * D : 0),
+                       (values ? a.v_pages : a.k_pages) + line * D, kChunk * D * 2,
+                       filled + stage);
+        } else {
+          copy_each(mine, keys, a.k_pages + line * D, kChunk * D * 2, filled + stage);
+          copy_each(mine, keys + kChunk * D, a.v_pages + line * D, kChunk * D * 2, filled + stage);
+        }
         copies_issued(mine, filled + stage);
       }
     }
@@ -496,7 +519,12 @@ __device__ __forceinline__ void decode_attention(const DecodeArgs& a, int block,
         });
       }
       __syncwarp();
-      if (lane == 0) phase_arrive(emptied + stage);
+      if constexpr (Z::PAIR) {
+        // At both blocks, but only where one still waits for it, so never at one that has ended.
+        if (lane < 2 && i + STAGES < count) phase_arrive_in_block(emptied + stage, lane);
+      } else if (lane == 0) {
+        phase_arrive(emptied + stage);
+      }
     }
   };
   if (NT > 1 && queries <= 8) take_chunks(Int<1>());

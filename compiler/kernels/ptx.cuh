@@ -175,6 +175,33 @@ __device__ __forceinline__ void copies_issued(bool mine, uint64_t* barrier) {
 #endif
 }
 
+// As copy_each, to the same place of both blocks of a cluster and counted by both barriers. Such have
+// GPUs from sm_90 on.
+__device__ __forceinline__ void copy_to_both(bool mine, void* to, const void* from, int bytes,
+                                             uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  if (mine)
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1], %2, [%3], %4;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from),
+        "r"(bytes), "r"((unsigned)__cvta_generic_to_shared(barrier)), "h"((short)3)
+        : "memory");
+#endif
+}
+// As fence_copies, and before copies to the other block.
+__device__ __forceinline__ void fence_copies_to_both() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cluster;" ::: "memory");
+#endif
+}
+// At another block's barrier, or this one's, by its place in the cluster.
+__device__ __forceinline__ void phase_arrive_in_block(uint64_t* barrier, int block) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(in_block(barrier, block))
+               : "memory");
+#endif
+}
+
 // A barrier of `threads` of a block, whole warps; 0 is __syncthreads.
 __device__ __forceinline__ void meet(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
