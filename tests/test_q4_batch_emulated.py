@@ -31,7 +31,8 @@ def library(tmp_path_factory):
         pytest.skip("g++ is not installed")
     directory = tmp_path_factory.mktemp("emulated")
     folder = Path(q4_batch.__file__).parent
-    text = "".join((folder / name).read_text() for name in ("gemv_mma.cuh", "q4_batch.cuh"))
+    files = ("wgmma.cuh", "gemv_mma.cuh", "q4_batch.cuh")
+    text = "".join((folder / name).read_text() for name in files)
     for i, (product, plan) in enumerate(CASES.values()):
         sizes = f"shardwright_q4_batch::Sizes<{q4_batch.sizes(product, plan)}>"
         grid = f"{q4_batch.blocks(product, plan)}, {plan.cluster}, {plan.threads}"

@@ -19,6 +19,8 @@ from tvm.script import tirx as T
 
 from shardwright.compiler.packing import Packing
 
+from .wgmma import specializations
+
 SCHEDULED: dict[str, Any] = {
     # Neither dlight nor the default GPU schedule may touch it.
     "tirx.is_scheduled": True,
@@ -57,13 +59,9 @@ EARLY_LAUNCHES = (LAUNCH_DEPENDENTS, LAUNCHES_DEPENDENTS)
 def cuda_source(*names: str | None) -> str:
     """The text of `.cuh` files of this folder, with those that several use before it."""
     folder = Path(__file__).parent
-    files = ("ptx.cuh", "patience.cuh", *filter(None, names))
-    return "".join((folder / file).read_text() for file in files)
-
-
-def unpack_source() -> str:
-    """The CUDA source of `shardwright_q4_unpack`."""
-    return (Path(__file__).parent / "q4_unpack.cuh").read_text()
+    files = ("ptx.cuh", "wgmma.cuh", "patience.cuh", *filter(None, names))
+    text = "".join((folder / file).read_text() for file in files)
+    return text.replace("\nWGMMA\n", f"\n{specializations()}")
 
 
 def extent(count: int | None, name: str = "n") -> Any:

@@ -1,5 +1,5 @@
-// Products of many tokens with fp16 gates and ups, and SiLU, on Hopper; gated_gemm.py explains them,
-// and puts the wrapper of `wgmma` in the place of WGMMA. After ptx.cuh.
+// Products of many tokens with fp16 gates and ups, and SiLU, on Hopper; gated_gemm.py explains
+// them. After ptx.cuh and wgmma.cuh.
 #ifndef SHARDWRIGHT_GATED_GEMM
 #define SHARDWRIGHT_GATED_GEMM
 
@@ -44,41 +44,26 @@ __device__ __forceinline__ unsigned gated(const float* gate, const float* up) {
   return *reinterpret_cast<const unsigned*>(&both);
 }
 
-__device__ __forceinline__ void wait(unsigned barrier, int parity) {
-  asm volatile("{\n.reg .pred done;\n"
-               "again%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-               "@!done bra again%=;\n}" :: "r"(barrier), "r"(parity) : "memory");
-}
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-WGMMA
-
-// A matrix of rows of 128 bytes, swizzled; 8 rows are 1024 bytes apart.
-__device__ __forceinline__ unsigned long long matrix(unsigned at) {
-  return (at & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-
 // Begins to add 64 columns, where `add`, or to set the sums to them; returns when those before are
 // added.
 __device__ __forceinline__ void multiply(float (&sums)[128], unsigned x, unsigned w, bool add) {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  wgmma_fence();
 #pragma unroll
-  for (int s = 0; s < 4; ++s) wgmma(sums, matrix(x) + s * 2, matrix(w) + s * 2, add || s > 0);
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+  for (int s = 0; s < 4; ++s)
+    wgmma<256>(sums, matrix_at(x, 16) + s * 2, matrix_at(w, 16) + s * 2, add || s > 0);
+  wgmma_commit();
+  wgmma_wait<1>();
 }
 
 __device__ __forceinline__ void finish(float (&sums)[128]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-  for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+  wgmma_wait<0>();
+  pin<128>(sums);
 }
 #else
-// Four 8 x 8 matrices: a lane gives a row of them, a piece of 8 columns of a swizzled row.
+// A lane gives a piece of 8 columns of a swizzled row.
 __device__ __forceinline__ void load(unsigned (&to)[4], unsigned rows, int row, int piece) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(rows + row * 128 + (piece ^ row % 8) * 16));
+  load_matrices(to, rows + row * 128 + (piece ^ row % 8) * 16);
 }
 
 // The same, at once.
@@ -94,14 +79,7 @@ __device__ __forceinline__ void multiply(float (&sums)[128], unsigned x, unsigne
     for (int j = 0; j < 16; ++j) {
       load(b, w, j * 16 + lane / 16 * 8 + lane % 8, s * 2 + lane / 8 % 2);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float* const c = sums + j * 8 + i * 4;
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
-                     "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[i * 2]),
-                       "r"(b[i * 2 + 1]));
-      }
+      for (int i = 0; i < 2; ++i) mma_16n8k16(sums + j * 8 + i * 4, a, b + i * 2);
     }
   }
   meet(1 + threadIdx.x / 128, 128);
@@ -114,7 +92,7 @@ __device__ __forceinline__ void finish(float (&)[128]) {}
 __device__ __forceinline__ void product(
     unsigned long long x_map, unsigned long long w_map, half* out, int n, int features, int inner,
     unsigned char* buffer, int block, int blocks) {
-  const unsigned base = ((unsigned)__cvta_generic_to_shared(buffer) + 1023) / 1024 * 1024;
+  const unsigned base = (address(buffer) + 1023) / 1024 * 1024;
   const unsigned store = base + kStages * kStage, barriers = store + kOut;
   const int tid = threadIdx.x, warpgroup = tid / 128, columns = inner / 64;
   unsigned processors;  // blocks that have none would come behind all others
@@ -123,11 +101,10 @@ __device__ __forceinline__ void product(
   const Share share(n, features, block, blocks);
   if (tid == 0) {
     for (int i = 0; i < kStages; ++i) {  // filled, and read by both warpgroups of who shares it
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(barriers + i * 16));
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
-                   :: "r"(barriers + i * 16 + 8), "r"(2 * share.sharing));
+      phase_start(barriers + i * 16, 1);
+      phase_start(barriers + i * 16 + 8, 2 * share.sharing);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    phases_started();
   }
   cluster_meet();
   wait_for_inputs();
@@ -137,17 +114,14 @@ __device__ __forceinline__ void product(
     if (++stage == kStages) stage = 0, parity ^= 1;
   };
   if (warpgroup == 2) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-#endif
+    give_registers<40>();
     if (tid == 256) {
       const unsigned short readers = share.sharing == 2 ? 3 : 1 << block % 2;
       for (int tile = share.first; tile < share.total; tile += share.step) {
         for (int i = 0; i < columns; ++i, advance()) {
           const unsigned to = base + stage * kStage, filled = barriers + stage * 16;
-          wait(filled + 8, parity ^ 1);
-          asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                       :: "r"(filled), "r"(kStage) : "memory");
+          phase_wait(filled + 8, parity ^ 1);
+          phase_expect(filled, kStage);
           asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::"
                        "bytes [%0], [%1, {%2, %3}], [%4];"
                        :: "r"(to), "l"(x_map), "r"(i * 64), "r"(share.token(tile)), "r"(filled)
@@ -165,9 +139,7 @@ __device__ __forceinline__ void product(
       }
     }
   } else {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-#endif
+    take_registers<232>();
     const int lane = tid % 32, warp = tid / 32 % 4;
     // Without a scope of a cluster, which would be a fence for all of memory.
     auto release = [&](int stage) {
@@ -182,7 +154,7 @@ __device__ __forceinline__ void product(
       float sums[128];
       int before = 0;
       for (int i = 0; i < columns; ++i, advance()) {
-        wait(barriers + stage * 16, parity);
+        phase_wait(barriers + stage * 16, parity);
         const unsigned at = base + stage * kStage;
         multiply(sums, at + warpgroup * (kX / 2), at + kX, i > 0);
         if (i > 0) release(before);

@@ -32,27 +32,13 @@ _THREADS = 384  # two warpgroups that multiply, one that loads
 _SHARED_BYTES = 4 * (_TOKENS + 2 * TILE) * COLUMNS * 2 + _TOKENS * TILE * 2 + 1024 + 64
 
 
-def _wgmma() -> str:
-    """`sums [64 x 256] (+)= x @ w.T`, 16 columns of both in shared memory."""
-    registers = ",".join(f"%{i}" for i in range(128))
-    sums = ",".join(f'"+f"(c[{i}])' for i in range(128))
-    return (
-        "__device__ __forceinline__ void wgmma(float (&c)[128], unsigned long long x, "
-        "unsigned long long w, int add) {\n"
-        '  asm volatile("{\\n.reg .pred p;\\nsetp.ne.b32 p, %130, 0;\\n'
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
-        f'{{{registers}}}, %128, %129, p, 1, 1, 0, 0;\\n}}"\n'
-        f'      : {sums} : "l"(x), "l"(w), "r"(add));\n}}\n'
-    )
-
-
 def gated_gemm(*, features: int, inner: int) -> tirx.PrimFunc:
     """`(x [n,K], w [2F,K]) -> silu(y[:, :F]) * y[:, F:] [n,F]` of y = x @ w.T, all f16, for any n.
 
     Sums are float32, y is rounded to fp16. F is a multiple of `TILE`, K of `COLUMNS`.
     """
     name = "shardwright::gated_gemm::product"
-    text = cuda_source("gated_gemm.cuh").replace("\nWGMMA\n", "\n" + _wgmma())
+    text = cuda_source("gated_gemm.cuh")
     row, n = 2 * inner, tirx.Var("n", "int64")
     # Of cuTensorMapEncodeTiled: rows of 128 bytes swizzled, 256 bytes at a time into the L2 cache.
     options = {"descriptor_dtype": "float16", "swizzle": 3, "l2_promotion": 3}

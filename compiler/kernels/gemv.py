@@ -13,7 +13,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, launch_dependents, unpack_source
+from .common import SCHEDULED, cuda_source, launch_dependents
 from .gemv_common import Layout, Plan, Sizes, steps
 
 WARP = 32
@@ -31,7 +31,9 @@ __device__ __forceinline__ void shardwright_fma2(uint a, const half* b, half* ac
 
 def _unpack(word: Any, scale: Any, out: Any) -> Any:
     """Eight elements of a word as four pairs of fp16: 0 4, 1 5, 2 6, 3 7."""
-    return T.cuda.func_call("shardwright_q4_unpack", word, scale, out, source_code=unpack_source())
+    return T.cuda.func_call(
+        "shardwright_q4_unpack", word, scale, out, source_code=cuda_source("q4_unpack.cuh")
+    )
 
 
 def _fma2(a: Any, b: Any, acc: Any) -> Any:

@@ -1,7 +1,7 @@
 #ifndef SHARDWRIGHT_PREFILL_ATTENTION
 #define SHARDWRIGHT_PREFILL_ATTENTION
 // Attention of many tokens over the paged cache on the tensor cores of CUDA GPUs. Included once in
-// a module, whatever it is instantiated for; after ptx.cuh and q4_image.cuh.
+// a module, whatever it is instantiated for; after ptx.cuh, wgmma.cuh and q4_image.cuh.
 //
 // A block takes 128 or 192 tokens and one query head, and walks over the keys in tiles, as in
 // FlashAttention (arXiv:2205.14135, arXiv:2307.08691): scores, an online softmax in float32, and
@@ -11,12 +11,6 @@
 // reading them meets no bank twice; it is the 128-byte swizzle of wgmma. Compiled for sm_90a the
 // products are wgmma, the one with the values running beside the next softmax as in
 // FlashAttention-3 (arXiv:2407.08608); for others, mma m16n8k16.
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define SHARDWRIGHT_WGMMA 1
-#else
-#define SHARDWRIGHT_WGMMA 0
-#endif
 
 namespace shardwright {
 namespace prefill {
@@ -49,8 +43,8 @@ __device__ __forceinline__ void copies_issued() {
 }
 __device__ __forceinline__ void copies_done() {
   asm volatile("cp.async.wait_group 0;" ::: "memory");
-#if SHARDWRIGHT_WGMMA
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  fence_copies();
 #endif
 }
 
@@ -59,114 +53,7 @@ __device__ __forceinline__ unsigned place(int line, int piece, int lines) {
   return (piece / 8) * (lines * 128) + line * 128 + ((piece % 8) ^ (line % 8)) * 16;
 }
 
-#if SHARDWRIGHT_WGMMA
-#define SHARDWRIGHT_F8(i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
-  "+f"(d[i + 6]), "+f"(d[i + 7])
-#define SHARDWRIGHT_F16(i) SHARDWRIGHT_F8(i), SHARDWRIGHT_F8(i + 8)
-
-__device__ __forceinline__ void wgmma_fence() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void wgmma_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int PENDING>
-__device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
-}
-// Keeps the compiler from moving what is done with registers across a wait: reads of what a wgmma
-// writes upward, and work that is to run beside a wgmma downward.
-template <int N>
-__device__ __forceinline__ void pin(float* x) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
-}
-// A matrix in shared memory with the 128-byte swizzle: 8 lines apart are 1024 bytes, panels of 64
-// elements `panel` bytes.
-__device__ __forceinline__ uint64_t matrix_at(unsigned address, unsigned panel) {
-  return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)(panel >> 4) << 16 |
-         (uint64_t)(1024 >> 4) << 32 | 1ull << 62;
-}
-
-__device__ __forceinline__ void wgmma_ss(Int<64>, float* d, uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %34, 0;"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,"
-      "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-      "}, %32, %33, p, 1, 1, 0, 0; }"
-      : SHARDWRIGHT_F16(0), SHARDWRIGHT_F16(16)
-      : "l"(a), "l"(b), "r"(add));
-}
-__device__ __forceinline__ void wgmma_ss(Int<128>, float* d, uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %66, 0;"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,"
-      "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,"
-      "%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,"
-      "%62,%63"
-      "}, %64, %65, p, 1, 1, 0, 0; }"
-      : SHARDWRIGHT_F16(0), SHARDWRIGHT_F16(16), SHARDWRIGHT_F16(32), SHARDWRIGHT_F16(48)
-      : "l"(a), "l"(b), "r"(add));
-}
-__device__ __forceinline__ void wgmma_rs(Int<16>, float* d, const unsigned* a, uint64_t b,
-                                         int add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %13, 0;"
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7"
-      "}, {%8,%9,%10,%11}, %12, p, 1, 1, 1; }"
-      : SHARDWRIGHT_F8(0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-__device__ __forceinline__ void wgmma_rs(Int<32>, float* d, const unsigned* a, uint64_t b,
-                                         int add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %21, 0;"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-      "}, {%16,%17,%18,%19}, %20, p, 1, 1, 1; }"
-      : SHARDWRIGHT_F16(0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-__device__ __forceinline__ void wgmma_rs(Int<64>, float* d, const unsigned* a, uint64_t b,
-                                         int add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %37, 0;"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,"
-      "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-      "}, {%32,%33,%34,%35}, %36, p, 1, 1, 1; }"
-      : SHARDWRIGHT_F16(0), SHARDWRIGHT_F16(16)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-__device__ __forceinline__ void wgmma_rs(Int<128>, float* d, const unsigned* a, uint64_t b,
-                                         int add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %69, 0;"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,"
-      "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,"
-      "%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,"
-      "%62,%63"
-      "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1; }"
-      : SHARDWRIGHT_F16(0), SHARDWRIGHT_F16(16), SHARDWRIGHT_F16(32), SHARDWRIGHT_F16(48)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-#else
-__device__ __forceinline__ void mma_16n8k16(float* d, const unsigned* a, unsigned b0, unsigned b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void load_matrices(unsigned* r, unsigned address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
-}
+#ifndef __CUDA_ARCH_FEAT_SM90_ALL
 __device__ __forceinline__ void load_transposed(unsigned* r, unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
@@ -198,7 +85,7 @@ struct Args {
   float scale, softcap;
 };
 
-#if SHARDWRIGHT_WGMMA
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // sum [16 tokens of a warp, D] += weight [16, B] x values [B, D], without waiting for it.
 template <typename Z>
 __device__ __forceinline__ void add_values(float* sum, const unsigned* weight, unsigned values) {
@@ -209,14 +96,14 @@ __device__ __forceinline__ void add_values(float* sum, const unsigned* weight, u
     const unsigned lines = values + s * 16 * 128;
 #pragma unroll
     for (int n = 0; n + 128 <= D; n += 128)
-      wgmma_rs(Int<128>(), sum + n / 2, w, matrix_at(lines + n / 64 * PANEL, PANEL), 1);
+      wgmma<128, true>(sum + n / 2, w, matrix_at(lines + n / 64 * PANEL, PANEL));
     if constexpr (D % 128 >= 64)
-      wgmma_rs(Int<64>(), sum + D / 128 * 64, w, matrix_at(lines + D / 128 * 2 * PANEL, PANEL), 1);
+      wgmma<64, true>(sum + D / 128 * 64, w, matrix_at(lines + D / 128 * 2 * PANEL, PANEL));
     const unsigned rest = lines + D / 64 * PANEL;  // 64, 32 and 16 of the last panel
     if constexpr (D % 64 >= 32)
-      wgmma_rs(Int<32>(), sum + D / 64 * 32, w, matrix_at(rest, PANEL), 1);
+      wgmma<32, true>(sum + D / 64 * 32, w, matrix_at(rest, PANEL));
     if constexpr (D % 32 == 16)
-      wgmma_rs(Int<16>(), sum + D / 32 * 16, w, matrix_at(rest + D % 64 / 32 * 64, PANEL), 1);
+      wgmma<16, true>(sum + D / 32 * 16, w, matrix_at(rest + D % 64 / 32 * 64, PANEL));
   }
 }
 #else
@@ -234,8 +121,8 @@ __device__ __forceinline__ void multiply_keys(float* score, unsigned q, unsigned
       unsigned b[4];
       const int line = n * 16 + lane / 16 * 8 + lane % 8;
       load_matrices(b, keys + place(line, s * 2 + lane / 8 % 2, Z::B));
-      mma_16n8k16(score + n * 8, a, b[0], b[1]);
-      mma_16n8k16(score + n * 8 + 4, a, b[2], b[3]);
+      mma_16n8k16(score + n * 8, a, b);
+      mma_16n8k16(score + n * 8 + 4, a, b + 2);
     }
   }
 }
@@ -249,8 +136,8 @@ __device__ __forceinline__ void add_values(float* sum, const unsigned* weight, u
     for (int n = 0; n < Z::D / 16; ++n) {
       unsigned b[4];
       load_transposed(b, values + place(s * 16 + lane % 16, n * 2 + lane / 16, Z::B));
-      mma_16n8k16(sum + n * 8, weight + 4 * s, b[0], b[1]);
-      mma_16n8k16(sum + n * 8 + 4, weight + 4 * s, b[2], b[3]);
+      mma_16n8k16(sum + n * 8, weight + 4 * s, b);
+      mma_16n8k16(sum + n * 8 + 4, weight + 4 * s, b + 2);
     }
 }
 #endif
@@ -310,11 +197,6 @@ struct Tokens {
   int row_of[N], position_of[N], limit_of[N], first, top, bottom;
 };
 
-template <int THREADS>
-__device__ __forceinline__ void meet() {
-  asm volatile("bar.sync 0, %0;" ::"n"(THREADS) : "memory");
-}
-
 // The first N threads have a token each. Returns whether it waits to be served.
 template <int N>
 __device__ __forceinline__ bool take_tokens(Tokens<N>& s, const Args& a, int tile, int tid) {
@@ -329,9 +211,9 @@ __device__ __forceinline__ bool take_tokens(Tokens<N>& s, const Args& a, int til
 template <int THREADS, int N>
 __device__ __forceinline__ int next_row(Tokens<N>& s, bool& waiting, int tid) {
   if (tid == 0) s.first = N, s.top = -1, s.bottom = 0x7fffffff;
-  meet<THREADS>();
+  meet<0, THREADS>();
   if (waiting) atomicMin(&s.first, tid);
-  meet<THREADS>();
+  meet<0, THREADS>();
   if (s.first == N) return -1;
   const int row = s.row_of[s.first];
   if (tid < N) {
@@ -343,7 +225,7 @@ __device__ __forceinline__ int next_row(Tokens<N>& s, bool& waiting, int tid) {
       waiting = false;
     }
   }
-  meet<THREADS>();
+  meet<0, THREADS>();
   return row;
 }
 
@@ -429,7 +311,7 @@ __device__ __forceinline__ void write(const Args& a, const float* sum, const flo
   }
 }
 
-#if SHARDWRIGHT_WGMMA
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // Warpgroups of workers take 64 tokens each, and another one copies tiles for all. The workers take
 // turns at the tensor cores: while one multiplies, another is at its softmax.
 template <typename Z>
@@ -438,8 +320,7 @@ __device__ __forceinline__ void attention(const Args& a, int tile, int head, int
   constexpr int D = Z::D, B = Z::B;
   __shared__ Tokens<Z::TOKENS> tokens;
   __shared__ uint64_t filled[4], emptied[4];  // of keys and of values, two each
-  unsigned base = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  base = (base + 1023) / 1024 * 1024;
+  const unsigned base = (address(shared) + 1023) / 1024 * 1024;
   const unsigned q_at = base, k_at = base + Z::Q_BYTES, v_at = k_at + 2 * Z::TILE;
   const int warp = __shfl_sync(~0u, tid / 32, 0), lane = tid % 32, kv_head = head / (Z::H / Z::K);
   if (tid == 0) {
@@ -456,7 +337,7 @@ __device__ __forceinline__ void attention(const Args& a, int tile, int head, int
   int before = 0, row;  // tiles of the rows before
 
   if (tid >= Z::WORKERS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Z::GROUPS == 2 ? 40 : 32));
+    give_registers<Z::GROUPS == 2 ? 40 : 32>();
     const int64_t first_page = (a.layer * a.pages * Z::K + kv_head) * Z::PAGE * D;
     while ((row = next_row<Z::THREADS>(tokens, waiting, tid)) >= 0) {
       const int end = tokens.top + 1, lowest = lowest_of(tokens.bottom);
@@ -473,9 +354,7 @@ __device__ __forceinline__ void attention(const Args& a, int tile, int head, int
                                           (values ? a.v_pages : a.k_pages) + first_page,
                                           lowest + j * B, end, page, tid - Z::WORKERS);
         // The thread arrives when its copies have.
-        asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(
-                         static_cast<unsigned>(__cvta_generic_to_shared(filled + slot)))
-                     : "memory");
+        phase_arrive_copied(address(filled + slot));
       };
       int page = pages_of(0), next = pages_of(1);
       load(0, 0, page);
@@ -487,22 +366,22 @@ __device__ __forceinline__ void attention(const Args& a, int tile, int head, int
         next = after;
       }
       before += tiles;
-      meet<Z::THREADS>();
+      meet<0, Z::THREADS>();
     }
     copies_done();
     return;
   }
 
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Z::GROUPS == 2 ? 232 : 160));
+  take_registers<Z::GROUPS == 2 ? 232 : 160>();
   const int line0 = warp * 16 + lane / 4;  // this thread's tokens: line0 and line0 + 8
   load_queries<Z>(a, q_at, tile, head, tid);
   copies_issued();
   // A barrier for each warpgroup's turn; the first one's comes first.
   const int group = warp / 4;
   auto await_turn = [&] {
-    if (group == 0) asm volatile("bar.sync 2, 256;" ::: "memory");
-    if (group == 1) asm volatile("bar.sync 3, 256;" ::: "memory");
-    if (group == 2) asm volatile("bar.sync 4, 256;" ::: "memory");
+    if (group == 0) meet<2, 256>();
+    if (group == 1) meet<3, 256>();
+    if (group == 2) meet<4, 256>();
   };
   auto give_turn = [&] {
     const int next = (group + 1) % Z::GROUPS;
@@ -515,7 +394,7 @@ __device__ __forceinline__ void attention(const Args& a, int tile, int head, int
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) sum[i] = 0.f;
   copies_done();
-  asm volatile("bar.sync 1, %0;" ::"n"(Z::WORKERS) : "memory");
+  meet<1, Z::WORKERS>();
 
   while ((row = next_row<Z::THREADS>(tokens, waiting, tid)) >= 0) {
     const int end = tokens.top + 1, lowest = lowest_of(tokens.bottom);
@@ -524,7 +403,7 @@ __device__ __forceinline__ void attention(const Args& a, int tile, int head, int
     auto await = [&](int values, int j) {
       phase_wait(filled + 2 * values + (before + j) % 2, (before + j) / 2 % 2);
       // What others copied comes before this thread's wgmma.
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      fence_copies();
     };
     auto release = [&](int values, int j) {
       if (lane == 0) phase_arrive(emptied + 2 * values + (before + j) % 2);
@@ -537,7 +416,7 @@ __device__ __forceinline__ void attention(const Args& a, int tile, int head, int
       wgmma_fence();
 #pragma unroll
       for (int s = 0; s < D / 16; ++s)
-        wgmma_ss(Int<B>(), score, matrix_at(q_lines + s / 4 * (Z::TOKENS * 128) + s % 4 * 32, 16),
+        wgmma<B>(score, matrix_at(q_lines + s / 4 * (Z::TOKENS * 128) + s % 4 * 32, 16),
                  matrix_at(keys + s / 4 * (B * 128) + s % 4 * 32, 16), s > 0);
       wgmma_commit();
     };
@@ -584,7 +463,7 @@ __device__ __forceinline__ void attention(const Args& a, int tile, int head, int
     pin<D / 2>(sum);
     release(1, tiles - 1);
     before += tiles;
-    meet<Z::THREADS>();
+    meet<0, Z::THREADS>();
   }
   write<Z>(a, sum, high, mass, tile, line0, head, lane);
 }
@@ -596,8 +475,7 @@ __device__ __forceinline__ void attention(const Args& a, int tile, int head, int
   __shared__ Tokens<Z::TOKENS> tokens;
   wait_for_inputs();
   if (tid >= Z::WORKERS) return;  // the others have work with wgmma only
-  unsigned base = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  base = (base + 1023) / 1024 * 1024;
+  const unsigned base = (address(shared) + 1023) / 1024 * 1024;
   const unsigned q_at = base, k_at = base + Z::Q_BYTES, v_at = k_at + 2 * Z::TILE;
   const int warp = __shfl_sync(~0u, tid / 32, 0), lane = tid % 32, kv_head = head / (Z::H / Z::K);
   const int line0 = warp * 16 + lane / 4;  // this thread's tokens: line0 and line0 + 8
@@ -643,7 +521,7 @@ __device__ __forceinline__ void attention(const Args& a, int tile, int head, int
     unsigned weight[B / 4];
 
     copies_done();
-    meet<Z::WORKERS>();
+    meet<0, Z::WORKERS>();
     load_next(0);
     multiply_keys<Z>(score, q_at, k_at, warp, lane);
     softmax<Z>(a, score, lowest, limits, lane, high, mass, rescale);
@@ -651,7 +529,7 @@ __device__ __forceinline__ void attention(const Args& a, int tile, int head, int
     weigh<B>(weight, score);
     for (int j = 1; j < tiles; ++j) {
       copies_done();
-      meet<Z::WORKERS>();
+      meet<0, Z::WORKERS>();
       load_next(j);
       add_values<Z>(sum, weight, v_at + (j + 1) % 2 * Z::TILE, lane);
       multiply_keys<Z>(score, q_at, k_at + j % 2 * Z::TILE, warp, lane);
@@ -660,9 +538,9 @@ __device__ __forceinline__ void attention(const Args& a, int tile, int head, int
       weigh<B>(weight, score);
     }
     copies_done();
-    meet<Z::WORKERS>();
+    meet<0, Z::WORKERS>();
     add_values<Z>(sum, weight, v_at + (tiles + 1) % 2 * Z::TILE, lane);
-    meet<Z::WORKERS>();
+    meet<0, Z::WORKERS>();
   }
   copies_done();
   write<Z>(a, sum, high, mass, tile, line0, head, lane);

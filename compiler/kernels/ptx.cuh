@@ -36,9 +36,14 @@ __device__ __forceinline__ void cluster_meet() {
   cluster_wait();
 }
 
-// The address that `here`, in this block's shared memory, has in that of another of the cluster.
+// The address in this block's shared memory, as instructions for it take it.
+__device__ __forceinline__ unsigned address(const void* here) {
+  return (unsigned)__cvta_generic_to_shared(here);
+}
+
+// That of another block of the cluster where this one has `here`.
 __device__ __forceinline__ unsigned in_block(const void* here, int block) {
-  unsigned there = (unsigned)__cvta_generic_to_shared(here);
+  unsigned there = address(here);
 #if __CUDA_ARCH__ >= 900
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(there), "r"(block));
 #endif
@@ -74,6 +79,21 @@ __device__ __forceinline__ void mma_16n8k16(float* d, unsigned a0, unsigned a1, 
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// The same, kept in the order of the program.
+__device__ __forceinline__ void mma_16n8k16(float* d, const unsigned* a, const unsigned* b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four 8 x 8 matrices of halves, 16 bytes at the address that a lane gives being a row of one.
+__device__ __forceinline__ void load_matrices(unsigned* to, unsigned row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row));
+}
+
 // An 8 x 8 matrix of pairs of halves' rows, 4 lanes to a row, transposed.
 __device__ __forceinline__ unsigned transposed_8x8(unsigned x) {
   unsigned y;
@@ -82,12 +102,12 @@ __device__ __forceinline__ unsigned transposed_8x8(unsigned x) {
 }
 
 // Memory barriers in shared memory: `arrivals` and the bytes expected end a phase, of parity 0 at
-// first.
+// first. Known by their addresses there, or by pointers.
+__device__ __forceinline__ void phase_start(unsigned barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
 __device__ __forceinline__ void phase_start(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(
-                   (unsigned)__cvta_generic_to_shared(barrier)),
-               "r"(arrivals)
-               : "memory");
+  phase_start(address(barrier), arrivals);
 }
 // Makes them known to asynchronous copies.
 __device__ __forceinline__ void phases_started() {
@@ -95,23 +115,32 @@ __device__ __forceinline__ void phases_started() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void phase_arrive(uint64_t* barrier) {
-  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(
-                   (unsigned)__cvta_generic_to_shared(barrier))
+__device__ __forceinline__ void phase_arrive(unsigned barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void phase_arrive(uint64_t* barrier) { phase_arrive(address(barrier)); }
+// An arrival, and bytes that `copy_bulk` is to bring before the phase ends.
+__device__ __forceinline__ void phase_expect(unsigned barrier, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
+#endif
+}
+// An arrival when the copies have come that this thread began with cp.async.
+__device__ __forceinline__ void phase_arrive_copied(unsigned barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 // Whether the phase of this parity has ended; of the newest two, the other than the present one.
 __device__ __forceinline__ bool phase_done(uint64_t* barrier, int parity) {
-  const unsigned at = (unsigned)__cvta_generic_to_shared(barrier);
   int done = 0;
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
-      : "=r"(done) : "r"(at), "r"(parity) : "memory");
+      : "=r"(done) : "r"(address(barrier)), "r"(parity) : "memory");
 #else
   asm volatile(
       "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
-      : "=r"(done) : "r"(at), "r"(parity) : "memory");
+      : "=r"(done) : "r"(address(barrier)), "r"(parity) : "memory");
 #endif
   return done;
 }
@@ -119,11 +148,30 @@ __device__ __forceinline__ void phase_wait(uint64_t* barrier, int parity) {
   while (!phase_done(barrier, parity)) {
   }
 }
+// By address the loop is PTX: the compiler sees none when it unrolls those around it.
+__device__ __forceinline__ void phase_wait(unsigned barrier, int parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{\n.reg .pred done;\n"
+               "again%=: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+               "@!done bra again%=;\n}" :: "r"(barrier), "r"(parity) : "memory");
+#endif
+}
 
 // What was read from shared memory or written to it comes before asynchronous copies to it.
 __device__ __forceinline__ void fence_copies() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Begins to copy `bytes` to shared memory, both ends at multiples of 16; from sm_90 on.
+__device__ __forceinline__ void copy_bulk(unsigned to, const void* from, int bytes,
+                                          unsigned barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to), "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
 #endif
 }
 
@@ -136,24 +184,13 @@ constexpr int kCopiers = 32;
 constexpr int kCopiers = 1;
 #endif
 __device__ __forceinline__ void copies_expect(bool mine, uint64_t* barrier, int bytes) {
-#if __CUDA_ARCH__ >= 900
-  if (mine)
-    asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::"r"(
-                     (unsigned)__cvta_generic_to_shared(barrier)),
-                 "r"(bytes)
-                 : "memory");
-#endif
+  if (mine) phase_expect(address(barrier), bytes);
 }
 __device__ __forceinline__ void copy_each(bool mine, void* to, const void* from, int bytes,
                                           uint64_t* barrier) {
-  const unsigned there = (unsigned)__cvta_generic_to_shared(to);
+  const unsigned there = address(to);
 #if __CUDA_ARCH__ >= 900
-  const unsigned at = (unsigned)__cvta_generic_to_shared(barrier);
-  if (mine)
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(there), "l"(from), "r"(bytes), "r"(at)
-        : "memory");
+  if (mine) copy_bulk(there, from, bytes, address(barrier));
 #else
   for (unsigned left = __ballot_sync(~0u, mine); left != 0; left &= left - 1) {
     const int lane = __ffs(left) - 1;
@@ -167,11 +204,9 @@ __device__ __forceinline__ void copy_each(bool mine, void* to, const void* from,
 }
 __device__ __forceinline__ void copies_issued(bool mine, uint64_t* barrier) {
 #if __CUDA_ARCH__ < 900
-  const unsigned at = (unsigned)__cvta_generic_to_shared(barrier);
+  const unsigned at = address(barrier);
   for (unsigned left = __ballot_sync(~0u, mine); left != 0; left &= left - 1)
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(
-                     __shfl_sync(~0u, at, __ffs(left) - 1))
-                 : "memory");
+    phase_arrive_copied(__shfl_sync(~0u, at, __ffs(left) - 1));
 #endif
 }
 
@@ -205,6 +240,10 @@ __device__ __forceinline__ void phase_arrive_in_block(uint64_t* barrier, int blo
 // A barrier of `threads` of a block, whole warps; 0 is __syncthreads.
 __device__ __forceinline__ void meet(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void meet() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
 // 4, 8 or 16 bytes. Volatile, because nothing may move above `wait_for_inputs`.

@@ -12,92 +12,27 @@ using shardwright_gemv::rounded;
 using shardwright_gemv::wait_for_copies;
 
 #ifndef SHARDWRIGHT_EMULATED  // tests on a CPU bring their own of these
-// A barrier in shared memory that `count` arrivals open.
-__device__ __forceinline__ void make_barrier(unsigned barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(count));
-}
-
-// Until the phase of that parity is over.
-__device__ __forceinline__ void wait(unsigned barrier, int parity) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("{\n.reg .pred done;\n"
-               "again%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-               "@!done bra again%=;\n}" :: "r"(barrier), "r"(parity) : "memory");
-#endif
-}
-
-// What this thread wrote to shared memory, `wgmma` sees after the next arrival.
-__device__ __forceinline__ void publish() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-// One arrival of a warp.
-__device__ __forceinline__ void arrive(unsigned barrier) {
-#if __CUDA_ARCH__ >= 900
-  __syncwarp();
-  if (threadIdx.x % 32 == 0)
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
-#endif
-}
-
-__device__ __forceinline__ void launch_dependents() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-// Sixteen bytes that other multiprocessors wrote.
-__device__ __forceinline__ uint4 load(const half* from) {
-  return __ldcg(reinterpret_cast<const uint4*>(from));
-}
-
 __device__ __forceinline__ unsigned load_shared(unsigned at) {
   unsigned v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
   return v;
 }
-
-// Four floats at `p` in shared memory of block `rank` of the cluster.
-__device__ __forceinline__ float4 cluster_load(const float* p, int rank) {
-  float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-#if __CUDA_ARCH__ >= 900
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(shardwright::in_block(p, rank)));
-#endif
-  return v;
-}
 #endif  // SHARDWRIGHT_EMULATED
+
+// One arrival of a warp.
+__device__ __forceinline__ void arrive(unsigned barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) shardwright::phase_arrive(barrier);
+}
 
 // multiply: sums [64 x kTokens] += a [64 x 16] * x [16 x kTokens], by a warpgroup of which each warp
 // has 16 rows in registers. x are columns 16 * `step` of the 64 at `x` in shared memory, where each
 // token has a row of 128 bytes, its pieces of 16 bytes swizzled.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-template <int kTokens> struct Wgmma;
-WGMMA
-
 template <int kTokens>
 __device__ __forceinline__ void multiply(float (&sums)[kTokens / 2], const unsigned (&a)[4],
                                          unsigned x, int step) {
-  // K-major, swizzled over 128 bytes; eight tokens are 1024 bytes apart.
-  Wgmma<kTokens>::run(sums, a, (x >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62) + step * 2);
-}
-__device__ __forceinline__ void begin_products() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void commit_products() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int kMore, int kLess>
-__device__ __forceinline__ void take_registers(bool more) {
-  if (more) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMore));
-  else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kLess));
-}
-template <int kLeft>
-__device__ __forceinline__ void wait_for_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+  shardwright::wgmma<kTokens>(sums, a, shardwright::panel_at(x) + step * 2);
 }
 #else  // PTX for later GPUs has no wgmma; and tests on a CPU
 template <int kTokens>
@@ -112,12 +47,6 @@ __device__ __forceinline__ void multiply(float (&sums)[kTokens / 2], const unsig
                                load_shared(row + (step * 2 + 1 ^ g) * 16));
   }
 }
-__device__ __forceinline__ void begin_products() {}
-__device__ __forceinline__ void commit_products() {}
-template <int kLeft>
-__device__ __forceinline__ void wait_for_products() {}
-template <int kMore, int kLess>
-__device__ __forceinline__ void take_registers(bool) {}
 #endif
 
 // A word's eight elements times their scale, as four pairs: 0 4, 1 5, 2 6, 3 7.
@@ -214,9 +143,9 @@ __device__ __forceinline__ void bring(const half* x, char* shared, unsigned barr
 #pragma unroll
         for (int t = 0; t < 4; ++t)
           if (task + u < kTasks)
-            v[u][t] = load(x + (long long)min((task + u) * 8 + token, Z::kBatch - 1) * Z::kInner +
-                           t * 32);
-      if (task == 0) wait(barriers + stage * 16 + 8, n / Z::kStages % 2 ^ 1);
+            v[u][t] = __ldcg(reinterpret_cast<const uint4*>(
+                x + (long long)min((task + u) * 8 + token, Z::kBatch - 1) * Z::kInner + t * 32));
+      if (task == 0) shardwright::phase_wait(barriers + stage * 16 + 8, n / Z::kStages % 2 ^ 1);
 #pragma unroll
       for (int u = 0; u < kOnce; ++u)
 #pragma unroll
@@ -232,7 +161,7 @@ __device__ __forceinline__ void bring(const half* x, char* shared, unsigned barr
               make_uint4(out[0], out[1], out[2], out[3]);
         }
     }
-    publish();
+    shardwright::fence_copies();
     arrive(barriers + stage * 16);
   }
 }
@@ -293,11 +222,11 @@ __device__ __forceinline__ void consume(const unsigned* packed, const half* scal
               source + 16 * 128 + (g + i * 8) * Z::kScaleBytes +
               (q * 128 + t * 32) / Z::kGroup * 2));
         }
-        if (r == 0) wait(barriers + (stage + q) * 16, parity);
+        if (r == 0) shardwright::phase_wait(barriers + (stage + q) * 16, parity);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           unsigned upper[4], lower[4];
-          wait_for_products<1>();  // those that read this half of a are done
+          shardwright::wgmma_wait<1>();  // those that read this half of a are done
           unpack(words[0][i], factor[0], upper);
           unpack(words[1][i], factor[1], lower);
 #pragma unroll
@@ -305,15 +234,15 @@ __device__ __forceinline__ void consume(const unsigned* packed, const half* scal
             a[i % 2][s][0] = upper[2 * s], a[i % 2][s][1] = lower[2 * s];
             a[i % 2][s][2] = upper[2 * s + 1], a[i % 2][s][3] = lower[2 * s + 1];
           }
-          begin_products();
+          shardwright::wgmma_fence();
           const unsigned tokens = base + (stage + q) * Z::kStage + i / 2 * Z::kTokens * 128;
           multiply<Z::kTokens>(sums[r], a[i % 2][0], tokens, i % 2 * 2);
           multiply<Z::kTokens>(sums[r], a[i % 2][1], tokens, i % 2 * 2 + 1);
-          commit_products();
+          shardwright::wgmma_commit();
         }
       }
     }
-    wait_for_products<0>();
+    shardwright::wgmma_wait<0>();
     arrive(barriers + stage * 16 + 8);
     arrive(barriers + stage * 16 + 24);
     stage += 2 * Z::kSplit;
@@ -346,21 +275,21 @@ __device__ __forceinline__ void product(const half* x, const unsigned* packed, c
   const unsigned base = address(shared), barriers = base + Z::kBarriers;
   if (tid == 0) {
     for (int i = 0; i < Z::kStages; ++i) {
-      make_barrier(barriers + i * 16, 1);                   // x is there
-      make_barrier(barriers + i * 16 + 8, Z::kTeams * 4);   // and has been read
+      shardwright::phase_start(barriers + i * 16, 1);                   // x is there
+      shardwright::phase_start(barriers + i * 16 + 8, Z::kTeams * 4);   // and has been read
     }
   }
   __syncthreads();
   if (warp >= Z::kGroups * 4) {
     shardwright::wait_for_inputs();
-    if (Z::kMore > Z::kStart) take_registers<Z::kMore, Z::kLess>(false);
+    if (Z::kMore > Z::kStart) shardwright::give_registers<Z::kLess>();
     bring<Z>(x, shared, barriers, first, chunks * 2);
     __syncthreads();
   } else {
-    if (Z::kMore > Z::kStart) take_registers<Z::kMore, Z::kLess>(true);
+    if (Z::kMore > Z::kStart) shardwright::take_registers<Z::kMore>();
     consume<Z>(packed, scale, shared, part, first, chunks);
   }
-  launch_dependents();
+  shardwright::launch_dependents();
   if (Z::kCluster > 1) shardwright::cluster_meet();
   else __syncthreads();
   // The blocks of a cluster add a part of the outputs each, eight at a time, in a fixed order.
@@ -381,8 +310,11 @@ __device__ __forceinline__ void product(const half* x, const unsigned* packed, c
       for (int j = 0; j < (Z::kGated ? 4 : 2); ++j) {
         const float* from =
             p + c % Z::kSplit * (Z::kBlockTiles * Z::kTokens * Z::kPitch) + j * 4;
-        const float4 v = Z::kCluster > 1 ? cluster_load(from, c / Z::kSplit)
-                                         : *reinterpret_cast<const float4*>(from);
+        float4 v;
+        if (Z::kCluster > 1)
+          shardwright_gemv::cluster_load(reinterpret_cast<float(&)[4]>(v), from, c / Z::kSplit);
+        else
+          v = *reinterpret_cast<const float4*>(from);
         sum[j * 4] += v.x, sum[j * 4 + 1] += v.y, sum[j * 4 + 2] += v.z, sum[j * 4 + 3] += v.w;
       }
     alignas(16) Out results[8];

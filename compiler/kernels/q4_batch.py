@@ -17,14 +17,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import astuple, dataclass, replace
-from pathlib import Path
 
 from tvm import tirx
 from tvm.script import tirx as T
 
 from .common import SCHEDULED, cuda_source, launch_dependents
 from .gemv_mma import PROCESSORS, SHARED_BYTES_CLUSTERS, Product
-from .q4_gemm import _wgmma as wgmma
 
 MAX_BATCH = 64
 """Most tokens of a product."""
@@ -129,12 +127,6 @@ def sizes(product: Product, p: Plan) -> str:
     return ", ".join(str(int(value)) for value in (*values, *astuple(p)))
 
 
-def source(wgmma: str) -> str:
-    """The CUDA text, with the wrappers of `wgmma` in their place."""
-    text = cuda_source("gemv_mma.cuh") + Path(__file__).with_suffix(".cuh").read_text()
-    return text.replace("\nWGMMA\n", f"\n{wgmma}")
-
-
 def q4_batch(
     *,
     batch: int,
@@ -156,8 +148,7 @@ def q4_batch(
     template = sizes(product, p)
     name = f"shardwright_q4_batch_{template.replace(', ', '_')}_{out_dtype}"
     out_type = {"float16": "half", "float32": "float"}[out_dtype]
-    # Each width of wgmma is declared once, by the kernels that have it.
-    text = source("".join(map(wgmma, range(8, MAX_BATCH + 8, 8)))) + (
+    text = cuda_source("gemv_mma.cuh", "q4_batch.cuh") + (
         f"__device__ __forceinline__ void {name}(const half* x, const unsigned* packed, "
         f"const half* scale, {out_type}* out, unsigned char* shared) {{\n"
         f"  shardwright_q4_batch::product<shardwright_q4_batch::Sizes<{template}>>("

@@ -1,6 +1,5 @@
-// Products of many tokens with a four-bit weight on Hopper's tensor cores; q4_gemm.py explains them,
-// and puts the wrappers of `wgmma`, one for each width, in the place of WGMMA. Guarded, because two
-// kernels of a module include it.
+// Products of many tokens with a four-bit weight on Hopper's tensor cores; q4_gemm.py explains
+// them. Guarded, because two kernels of a module include it; after ptx.cuh and wgmma.cuh.
 #ifndef SHARDWRIGHT_Q4_GEMM
 #define SHARDWRIGHT_Q4_GEMM
 
@@ -38,10 +37,6 @@ struct Gated {
   static constexpr bool kGated = true;
   half* image;
 };
-
-__device__ __forceinline__ unsigned address(const void* p) {
-  return (unsigned)__cvta_generic_to_shared(p);
-}
 
 // The rows of the weight that a lane reads: `row` and the one 8 below it.
 struct Lanes {
@@ -86,53 +81,38 @@ struct Lanes {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-__device__ __forceinline__ void wait(unsigned barrier, int parity) {
-  asm volatile("{\n.reg .pred done;\n"
-               "again%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-               "@!done bra again%=;\n}" :: "r"(barrier), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void arrive(unsigned barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
-}
-template <int kTokens> struct Wgmma;
-WGMMA
-
 template <int kTokens, class Sink>
 __device__ __forceinline__ void product(
     const half* image, const uint4* packed, const half* scale, const Sink& sink,
     unsigned char* shared, int n, int rows, int inner, int group, int tile, int band) {
   constexpr int kStage = kTokens * 128, kStages = kStageBytes / kStage;
-  const unsigned stages = address(shared), barriers = stages + kStages * kStage;
+  const unsigned stages = shardwright::address(shared), barriers = stages + kStages * kStage;
   const int tid = threadIdx.x, warpgroup = tid / 128, blocks = inner / 64;
   if (tid == 0) {
     for (int i = 0; i < kStages; ++i) {  // loaded, and read by both warpgroups
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(barriers + i * 16));
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 2;" :: "r"(barriers + i * 16 + 8));
+      shardwright::phase_start(barriers + i * 16, 1);
+      shardwright::phase_start(barriers + i * 16 + 8, 2);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    shardwright::phases_started();
   }
   __syncthreads();
   if (warpgroup == 2) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    shardwright::give_registers<40>();
     if (tid == 256) {
       const unsigned char* from =
           reinterpret_cast<const unsigned char*>(image) + (size_t)tile * blocks * kStage;
       for (int i = 0; i < blocks; ++i) {
         const int stage = i % kStages;
         const unsigned loaded = barriers + stage * 16;
-        if (i >= kStages) wait(loaded + 8, (i / kStages + 1) & 1);
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                     :: "r"(loaded), "r"(kStage) : "memory");
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-                     "[%0], [%1], %2, [%3];"
-                     :: "r"(stages + stage * kStage), "l"(from + (size_t)i * kStage), "r"(kStage),
-                        "r"(loaded) : "memory");
+        if (i >= kStages) shardwright::phase_wait(loaded + 8, (i / kStages + 1) & 1);
+        shardwright::phase_expect(loaded, kStage);
+        shardwright::copy_bulk(stages + stage * kStage, from + (size_t)i * kStage, kStage, loaded);
       }
     }
-    asm volatile("bar.sync 1, 384;" ::: "memory");
+    shardwright::meet<1, 384>();
     return;
   }
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+  shardwright::take_registers<232>();
   float sums[kTokens / 2];
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.f;
@@ -148,18 +128,16 @@ __device__ __forceinline__ void product(
     next.load(block + 1);
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
-      if (word % 2 == 0) wait(barriers + stage * 16, parity);
-      // K-major rows of 128 bytes, swizzled; 8 rows are 1024 bytes apart.
-      const unsigned long long x =
-          (stages + stage * kStage) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-      Wgmma<kTokens>::run(sums, a[word * 2], x + word % 2 * 4);
-      Wgmma<kTokens>::run(sums, a[word * 2 + 1], x + word % 2 * 4 + 2);
-      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-      asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+      if (word % 2 == 0) shardwright::phase_wait(barriers + stage * 16, parity);
+      const uint64_t x = shardwright::panel_at(stages + stage * kStage) + word % 2 * 4;
+      shardwright::wgmma_fence();
+      shardwright::wgmma<kTokens>(sums, a[word * 2], x);
+      shardwright::wgmma<kTokens>(sums, a[word * 2 + 1], x + 2);
+      shardwright::wgmma_commit();
+      shardwright::wgmma_wait<1>();
       // All but the newest products are done, and so is reading the stage before.
       if (word % 2 == 0 && block + word > 0 && tid % 128 == 0)
-        arrive(barriers + (stage == 0 ? kStages - 1 : stage - 1) * 16 + 8);
+        shardwright::phase_arrive(barriers + (stage == 0 ? kStages - 1 : stage - 1) * 16 + 8);
       if (word < 3)
         now.operands(word + 1, a + word * 2 + 2);
       else
@@ -168,8 +146,8 @@ __device__ __forceinline__ void product(
     }
     now = next;
   }
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-  asm volatile("bar.sync 1, 384;" ::: "memory");  // nothing is left in the stages
+  shardwright::wgmma_wait<0>();
+  shardwright::meet<1, 384>();  // nothing is left in the stages
   // Lanes hold columns of the result; shared memory turns them to rows of 128 features.
   const int m = lane / 8;
 #pragma unroll
@@ -186,7 +164,7 @@ __device__ __forceinline__ void product(
                  :: "r"(stages + token * kPitch + (corner + m % 2 * 8) * 2), "r"(r[0]), "r"(r[1]),
                     "r"(r[2]), "r"(r[3]) : "memory");
   }
-  asm volatile("bar.sync 2, 256;" ::: "memory");
+  shardwright::meet<2, 256>();
   if constexpr (Sink::kGated) {
     put_gated<kTokens, kPitch>(shared, sink.image, n, rows / 2, band, tile * kTokens, tid);
   } else {
@@ -229,12 +207,7 @@ __device__ __forceinline__ void product(
               b[high] = *reinterpret_cast<const unsigned*>(
                   image + line * 64 + (chunk ^ token % 8) * 8 + 2 * t);
             }
-            float* c = sums[j];
-            asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, "
-                         "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                         : "r"(a[s][0]), "r"(a[s][1]), "r"(a[s][2]), "r"(a[s][3]), "r"(b[0]),
-                           "r"(b[1]));
+            shardwright::mma_16n8k16(sums[j], a[s], b);
           }
         }
       }
@@ -245,10 +218,10 @@ __device__ __forceinline__ void product(
           unsigned char* const to = shared + (j * 8 + 2 * t + i % 2) * kPitch;
           reinterpret_cast<half*>(to)[corner + g + i / 2 * 8] = __float2half_rn(sums[j][i]);
         }
-      asm volatile("bar.sync 2, 256;" ::: "memory");
+      shardwright::meet<2, 256>();
       put_gated<64, kPitch>(shared, sink.image, n, rows / 2, band, tile * kTokens + part * 64,
                             threadIdx.x);
-      asm volatile("bar.sync 2, 256;" ::: "memory");
+      shardwright::meet<2, 256>();
     } else {
 #pragma unroll
       for (int j = 0; j < 8; ++j)

@@ -14,13 +14,12 @@ PTX for later GPUs has no `wgmma`; there the same image feeds `mma`.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, unpack_source
+from .common import SCHEDULED, cuda_source
 
 TILE = 256
 """Tokens of an image's tile, and of the largest product at once."""
@@ -32,31 +31,13 @@ _STAGES_BYTES = 192 * 1024
 _SHARED_BYTES = _STAGES_BYTES + 1024 + 512  # alignment, barriers
 
 
-def _wgmma(tokens: int) -> str:
-    """`sums [64 x tokens] += a (registers) @ x (shared memory)`, 16 columns at a time."""
-    count = tokens // 2
-    registers = ",".join(f"%{i}" for i in range(count))
-    sums = ",".join(f'"+f"(c[{i}])' for i in range(count))
-    a = ",".join(f"%{count + i}" for i in range(4))
-    return (
-        f"template <> struct Wgmma<{tokens}> {{\n"
-        f"  static __device__ __forceinline__ void run(float (&c)[{count}], const unsigned* a, "
-        "unsigned long long x) {\n"
-        '    asm volatile("{\\n.reg .pred p;\\nsetp.eq.u32 p, 1, 1;\\n'
-        f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.f16.f16 "
-        f'{{{registers}}}, {{{a}}}, %{count + 4}, p, 1, 1, 0;\\n}}"\n'
-        f'      : {sums} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x));\n  }}\n}};\n'
-    )
-
-
 def image_source() -> str:
     """The CUDA text of what writes images."""
-    return Path(__file__).with_name("q4_image.cuh").read_text()
+    return cuda_source("q4_image.cuh")
 
 
 def _source() -> str:
-    text = image_source() + unpack_source() + Path(__file__).with_suffix(".cuh").read_text()
-    return text.replace("\nWGMMA\n", "\n" + "".join(map(_wgmma, (64, 128, 256))))
+    return cuda_source("q4_image.cuh", "q4_unpack.cuh", "q4_gemm.cuh")
 
 
 def image_rows(tokens: Any) -> Any:
