@@ -11,7 +11,6 @@ are a cluster, which sums the squares for a norm in distributed shared memory; G
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tvm import tirx
@@ -255,12 +254,10 @@ class _Many:
         """Its call in a kernel."""
         sizes = (self.ranks, self.rows, self.features, self.threads, str(self.ranks > 2).lower())
         values = ", ".join(map(str, (*sizes, f"shardwright::peer::{self.norm}", self.first)))
-        folder = Path(__file__).parent
-        others = [(folder / name).read_text() for name in ("q4_image.cuh", "peer_many.cuh")]
         return T.cuda.func_call(
             f"shardwright::peer::all_reduce_many<{values}>",
             *args,
-            source_code=cuda_source("peer.cuh") + "".join(others),
+            source_code=cuda_source("peer.cuh", "q4_image.cuh", "peer_many.cuh"),
         )
 
 

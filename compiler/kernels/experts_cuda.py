@@ -54,8 +54,7 @@ def _name(
 
 def _source(call: str, parameters: str, body: str) -> str:
     return (
-        cuda_source("gemv_mma.cuh")
-        + cuda_source("experts.cuh")
+        cuda_source("gemv_mma.cuh", "experts.cuh")
         + f"__device__ __forceinline__ void {call}({parameters}) {{\n  {body}\n}}\n"
     )
 
