@@ -46,11 +46,13 @@ CASES = {
     ),
     "rows, q4, gated": (Product(1, 94, 2048, 128, True), Rows(64, 4, 3, 2)),
     # Rings that are used again, warps with fewer columns than others, pieces, clusters.
-    "tokens": (Product(2, 42, 192), Tokens(2, 2, 1, 1, 1)),
-    "tokens, 16": (Product(16, 70, 352), Tokens(3, 3, 3, 1, 1)),
-    "tokens, gated": (Product(5, 44, 384, 0, True), Tokens(2, 2, 1, 2, 1)),
-    "tokens, 8, cluster": (Product(8, 70, 768), Tokens(2, 4, 2, 2, 2)),
-    "tokens, 12, gated, cluster": (Product(12, 60, 384, 0, True), Tokens(1, 2, 1, 3, 2)),
+    "tokens": (Product(2, 42, 192), Tokens(2, 2, 1, 1, 1, 1, False)),
+    "tokens, 16": (Product(16, 70, 352), Tokens(3, 4, 2, 1, 1, 1, False)),
+    "tokens, gated": (Product(5, 44, 384, 0, True), Tokens(2, 3, 1, 2, 1, 1, False)),
+    "tokens, 8, cluster": (Product(8, 70, 768), Tokens(2, 4, 2, 2, 1, 2, False)),
+    "tokens, 12, gated, cluster": (Product(12, 60, 384, 0, True), Tokens(1, 9, 3, 3, 1, 2, False)),
+    "tokens, 11, gated, sums stay": (Product(11, 46, 576, 0, True), Tokens(2, 3, 1, 1, 3, 1, True)),
+    "tokens, 7, sums stay, cluster": (Product(7, 70, 768), Tokens(2, 4, 2, 2, 2, 2, True)),
 }
 
 
@@ -121,16 +123,16 @@ NORMS = {
         (Product(12, 44, 1088, 32, True), Plan(128, 1, 2, 1, 2, 1, 2)),
     ),
     "3 tokens, fp16": (
-        (Product(3, 320, 256), Tokens(2, 3, 2, 1, 1)),
-        (Product(3, 44, 320, 0, True), Tokens(3, 2, 1, 2, 1)),
+        (Product(3, 320, 256), Tokens(2, 3, 2, 1, 1, 1, False)),
+        (Product(3, 44, 320, 0, True), Tokens(3, 3, 1, 2, 1, 1, False)),
     ),
     "16 tokens, fp16, clusters": (
-        (Product(16, 384, 768), Tokens(2, 3, 2, 3, 2)),
-        (Product(16, 42, 384), Tokens(3, 2, 1, 1, 2)),
+        (Product(16, 384, 768), Tokens(2, 8, 1, 1, 2, 2, True)),
+        (Product(16, 42, 384), Tokens(3, 3, 1, 1, 1, 2, False)),
     ),
     "9 tokens, fp16, cluster in front, plainly copied": (
         (Product(9, 256, 384), Plan(128, 1, 2, 1, 2, 2)),
-        (Product(9, 52, 256, 0, True), Tokens(1, 3, 1, 1, 1)),
+        (Product(9, 52, 256, 0, True), Tokens(1, 3, 1, 1, 1, 1, False)),
     ),
 }
 EXCHANGE = "const int64_t* peers, const int* rank, unsigned first, int place, int last_place"

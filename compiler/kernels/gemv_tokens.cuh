@@ -9,11 +9,12 @@ namespace shardwright_gemv {
 // Sizes, as `Plan` of gemv_tokens.py has them. kWarps multiply and one more copies. kParts blocks,
 // or clusters of them, divide the outputs.
 template <int kBatch_, int kOutputs_, int kInner_, bool kGated_, int kWarps_, int kDepth_,
-          int kAhead_, int kPieces_, int kCluster_, int kParts_>
+          int kAhead_, int kPieces_, int kPhases_, int kCluster_, int kParts_, bool kStay_>
 struct TokenSizes {
   static constexpr int kBatch = kBatch_, kOutputs = kOutputs_, kInner = kInner_, kWarps = kWarps_;
   static constexpr int kDepth = kDepth_, kAhead = kAhead_, kPieces = kPieces_;
-  static constexpr int kCluster = kCluster_, kParts = kParts_;
+  static constexpr int kCluster = kCluster_, kParts = kParts_, kPhases = kPhases_;
+  static constexpr bool kStay = kStay_;
   static constexpr bool kGated = kGated_;
   static constexpr int kThreads = kWarps * 32, kBlocks = kParts * kCluster;
   static constexpr int kEights = (kBatch + 7) / 8;  // of tokens
@@ -22,16 +23,22 @@ struct TokenSizes {
   static constexpr int kMost = (kOutputs / kUnit + kParts - 1) / kParts * kUnit;
   static constexpr int kTiles = (kMost + kTake - 1) / kTake;
   // Groups of 32 columns: of a place of the ring, and of these those of a warp.
-  static constexpr int kGroups = kInner / 32 / kCluster / kPieces;
+  static constexpr int kGroups = kInner / 32 / kCluster / kPieces / kPhases;
   static constexpr int kPer = (kGroups + kWarps - 1) / kWarps;
-  static_assert(kGroups * 32 * kCluster * kPieces == kInner, "pieces are even");
+  static_assert(kGroups * 32 * kCluster * kPieces * kPhases == kInner, "pieces are even");
   // A row's piece in the ring. Two rows that are read together meet no bank twice.
   static constexpr int kBytes = kGroups * 64, kPitch = kBytes + (kBytes % 128 == 0 ? 64 : 0);
   static constexpr int kSlot = 8 * kPitch;
+  // Places of the ring that x takes in a phase, if it comes through the ring.
+  static constexpr int kOfX = kStay ? kPieces * kEights : 0;
+  static_assert(kAhead + kOfX <= kDepth, "x does not wait for the weight");
+  static_assert(kPhases == 1 || kStay, "the sums of all phases stay");
   // In shared memory, behind the ring: the warps' sums of two tiles in turn, a block's of all tiles
   // in clusters, and what outputs need.
   static constexpr int kSums = kEights * 256;
-  static constexpr int kPartial = kDepth * kSlot, kTotals = kPartial + 2 * kWarps * kSums;
+  static constexpr int kPartial = kDepth * kSlot;
+  static constexpr int kTotals = kPartial + (kStay ? 0 : 2 * kWarps * kSums);
+  static_assert(!kStay || kTiles * kWarps * kSums <= kPartial, "room for all sums");
   static constexpr int kScales = kTotals + (kCluster > 1 ? kTiles * kSums : 0);
   static constexpr int kBarriers = kScales + (kWarps + 1) * kEights * 32;
   static constexpr int kShared = kBarriers + (2 * kDepth + 1) * 8;
@@ -146,10 +153,12 @@ struct NormedTokens : NormedOutput<Z, Out, kBlocks> {
   __device__ __forceinline__ void end(float*) const {}
 };
 
-// What the last warp does: lanes 0 to 7 copy a row of each place of the ring.
+// What the last warp does: lanes 0 to 7 copy a row of each place of the ring. Where x comes through
+// the ring it is behind the first kAhead places, and in front of all of later phases.
 template <class Z>
-__device__ __forceinline__ void copy_tiles(const char* weight, int first, int count, char* shared,
-                                           uint64_t* full, uint64_t* empty, uint64_t* looked) {
+__device__ __forceinline__ void copy_tiles(const char* x, const char* weight, int first, int count,
+                                           char* shared, uint64_t* full, uint64_t* empty,
+                                           uint64_t* looked) {
   const int lane = threadIdx.x % 32, rank = blockIdx.x % Z::kCluster;
   if (lane == 0) {
     for (int slot = 0; slot < Z::kDepth; ++slot) {
@@ -162,27 +171,45 @@ __device__ __forceinline__ void copy_tiles(const char* weight, int first, int co
   }
   __syncwarp();
   const int tiles = (count + Z::kTake - 1) / Z::kTake, items = tiles * Z::kPieces;
-  int slot = 0, piece = 0, tile = 0;
-  auto issue = [&] {
-    const int rows = min(Z::kTake, count - tile * Z::kTake);
-    shardwright::copies_expect(lane == 0, full + slot, rows * (Z::kGated ? 2 : 1) * Z::kBytes);
-    // Of a gated product a gate and its value take turns.
-    const int output = tile * Z::kTake + (Z::kGated ? lane / 2 : lane);
-    const long long row = first + output + (Z::kGated && lane % 2 ? Z::kOutputs : 0);
-    shardwright::copy_each(lane < 8 && output < count, shared + slot * Z::kSlot + lane * Z::kPitch,
-                           weight + row * (Z::kInner * 2) + (rank * Z::kPieces + piece) * Z::kBytes,
-                           Z::kBytes, full + slot);
-    if (++slot == Z::kDepth) slot = 0;
-    if (++piece == Z::kPieces) piece = 0, ++tile;
+  int slot = 0, parity = 1;
+  bool again = false;
+  // Eight rows, or fewer; a lane's is `row`.
+  auto issue = [&](int rows, const char* from, int phase, int piece) {
+    if (again) shardwright::phase_wait(empty + slot, parity);
+    shardwright::copies_expect(lane == 0, full + slot, rows * Z::kBytes);
+    shardwright::copy_each(
+        lane < rows, shared + slot * Z::kSlot + lane * Z::kPitch,
+        from + ((phase * Z::kCluster + rank) * Z::kPieces + piece) * (long long)Z::kBytes,
+        Z::kBytes, full + slot);
+    if (++slot == Z::kDepth) slot = 0, parity ^= 1, again = true;
   };
-  int i = 0;
-  for (; i < min(items, Z::kAhead); ++i) issue();
+  auto weights = [&](int phase, int begin, int end) {
+    for (int i = begin; i < end; ++i) {
+      const int tile = i / Z::kPieces, rows = min(Z::kTake, count - tile * Z::kTake);
+      // Of a gated product a gate and its value take turns.
+      const int output = tile * Z::kTake + (Z::kGated ? lane / 2 : lane);
+      const long long row = first + output + (Z::kGated && lane % 2 ? Z::kOutputs : 0);
+      issue(rows * (Z::kGated ? 2 : 1), weight + row * (Z::kInner * 2), phase, i % Z::kPieces);
+    }
+  };
+  auto tokens = [&](int phase) {
+    for (int i = 0; i < Z::kOfX; ++i) {
+      const int eight = i % Z::kEights * 8;
+      issue(min(8, Z::kBatch - eight), x + (long long)(eight + lane) * (Z::kInner * 2), phase,
+            i / Z::kEights);
+    }
+  };
+  const int ahead = min(items, Z::kAhead);
+  weights(0, 0, ahead);
   shardwright::meet(2, Z::kThreads + 32);
-  shardwright::phase_wait(looked, 0);
-  for (; i < items; ++i) {
-    if (i >= Z::kDepth) shardwright::phase_wait(empty + slot, (i / Z::kDepth - 1) % 2);
-    issue();
+  if constexpr (Z::kStay) {
+    shardwright::wait_for_inputs();
+    tokens(0);
+  } else {
+    shardwright::phase_wait(looked, 0);  // else x would wait for what comes now
   }
+  weights(0, ahead, items);
+  for (int phase = 1; phase < Z::kPhases; ++phase) tokens(phase), weights(phase, 0, items);
   shardwright::launch_dependents();
 }
 
@@ -200,33 +227,65 @@ __device__ __forceinline__ void product_of_tokens(const half* x, const void* wei
   uint64_t* const full = reinterpret_cast<uint64_t*>(shared + Z::kBarriers);
   uint64_t *const empty = full + Z::kDepth, *const looked = empty + Z::kDepth;
   if (warp == Z::kWarps) {
-    copy_tiles<Z>(static_cast<const char*>(weight), first, count, shared, full, empty, looked);
+    copy_tiles<Z>(reinterpret_cast<const char*>(x), static_cast<const char*>(weight), first, count,
+                  shared, full, empty, looked);
     return;
   }
   // Warps have their columns in turns from block to block, lest all ask for the same bytes at once.
-  const int share = (warp + blockIdx.x) % Z::kWarps;
+  const int share = Z::kStay ? warp : (warp + blockIdx.x) % Z::kWarps;
   const auto has = [&](int j) {
     return Z::kPer * Z::kWarps == Z::kGroups || share * Z::kPer + j < Z::kGroups;
   };
   shardwright::meet(2, Z::kThreads + 32);  // the barriers have started
   shardwright::wait_for_inputs();
   output_to.look();
-  unsigned held[Z::kPieces][Z::kPer][Z::kEights][4];
-  const half* const from = x + (rank * Z::kPieces * Z::kGroups + share * Z::kPer) * 32;
+  alignas(16) unsigned held[Z::kPieces][Z::kPer][Z::kEights][4];
+  int slot = 0, parity = 0;
+  auto pass = [&](int places) {
+    if ((slot += places) >= Z::kDepth) slot -= Z::kDepth, parity ^= 1;
+  };
+  auto done = [&](int place) {
+    shardwright::fence_copies();  // which come behind what was read
+    __syncwarp();
+    if (lane == 0) shardwright::phase_arrive(empty + place);
+  };
+  const int mine_in_place = lane / 4 * Z::kPitch + share * Z::kPer * 64 + lane % 4 * 16;
+  // The part of x that `read(token, columns from the warp's first on, to)` gives.
+  auto hold = [&](auto read, auto before, auto after) {
 #pragma unroll
-  for (int p = 0; p < Z::kPieces; ++p)
-#pragma unroll
-    for (int j = 0; j < Z::kPer; ++j)
+    for (int p = 0; p < Z::kPieces; ++p)
 #pragma unroll
       for (int h = 0; h < Z::kEights; ++h) {
-        const int token = lane / 4 + 8 * h, at = (p * Z::kGroups + j) * 32 + lane % 4 * 8;
+        before();
 #pragma unroll
-        for (int i = 0; i < 4; ++i) held[p][j][h][i] = 0;
-        if (token < Z::kBatch && has(j))
-          shardwright::load_words<4>(held[p][j][h], from + (long long)token * Z::kInner + at);
+        for (int j = 0; j < Z::kPer; ++j) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) held[p][j][h][i] = 0;
+          if (lane / 4 + 8 * h < Z::kBatch && has(j)) read(held[p][j][h], p, j, h);
+        }
+        after();
       }
-  __syncwarp();
-  if (lane == 0) shardwright::phase_arrive(looked);
+  };
+  auto hold_from_ring = [&] {
+    hold(
+        [&](unsigned (&to)[4], int, int j, int) {
+          *reinterpret_cast<uint4*>(to) =
+              *reinterpret_cast<const uint4*>(shared + slot * Z::kSlot + mine_in_place + j * 64);
+        },
+        [&] { shardwright::phase_wait(full + slot, parity); }, [&] { done(slot), pass(1); });
+  };
+  const int ahead = min(tiles * Z::kPieces, Z::kAhead);
+  if constexpr (!Z::kStay) {
+    const half* const from = x + (rank * Z::kPieces * Z::kGroups + share * Z::kPer) * 32;
+    hold(
+        [&](unsigned (&to)[4], int p, int j, int h) {
+          const int at = (p * Z::kGroups + j) * 32 + lane % 4 * 8;
+          shardwright::load_words<4>(to, from + (lane / 4 + 8 * h) * (long long)Z::kInner + at);
+        },
+        [] {}, [] {});
+    __syncwarp();
+    if (lane == 0) shardwright::phase_arrive(looked);
+  }
   float* const scales = reinterpret_cast<float*>(shared + Z::kScales);
   output_to.start(scales);
   float* const partial = reinterpret_cast<float*>(shared + Z::kPartial);
@@ -257,16 +316,19 @@ __device__ __forceinline__ void product_of_tokens(const half* x, const void* wei
       output_to.put(h, token, first + output, results);
     }
   };
-  int slot = 0, parity = 0;
-  for (int tile = 0; tile < tiles; ++tile) {
-    const bool mine = tile % Z::kWarps == warp;
-    if (mine && Z::kCluster == 1) fetch(tile);
-    float sums[2][4] = {};
+  if constexpr (Z::kStay) {
+    slot = ahead;
+    hold_from_ring();
+    slot = 0, parity = 0;
+  }
+  // sums += a tile of the weight times x. `left` places are in front of x in the ring, 0 if none.
+  int left = ahead;
+  auto consume = [&](float (&sums)[4]) {
+    float more[4] = {};
 #pragma unroll
     for (int p = 0; p < Z::kPieces; ++p) {
       shardwright::phase_wait(full + slot, parity);
-      const char* const place =
-          shared + slot * Z::kSlot + lane / 4 * Z::kPitch + share * Z::kPer * 64 + lane % 4 * 16;
+      const char* const place = shared + slot * Z::kSlot + mine_in_place;
 #pragma unroll
       for (int j = 0; j < Z::kPer; ++j) {
         if (!has(j)) break;
@@ -274,31 +336,64 @@ __device__ __forceinline__ void product_of_tokens(const half* x, const void* wei
         constexpr int kMore = Z::kEights - 1;
         const unsigned(&a)[4] = held[p][j][0];
         const unsigned(&b)[4] = held[p][j][kMore];
-        multiply(sums[0], a[0], kMore ? b[0] : 0, a[1], kMore ? b[1] : 0, w.x, w.y);
-        multiply(sums[1], a[2], kMore ? b[2] : 0, a[3], kMore ? b[3] : 0, w.z, w.w);
+        multiply(sums, a[0], kMore ? b[0] : 0, a[1], kMore ? b[1] : 0, w.x, w.y);
+        multiply(more, a[2], kMore ? b[2] : 0, a[3], kMore ? b[3] : 0, w.z, w.w);
       }
-      shardwright::fence_copies();  // which come behind what was read
-      __syncwarp();
-      if (lane == 0) shardwright::phase_arrive(empty + slot);
-      if (++slot == Z::kDepth) slot = 0, parity ^= 1;
+      done(slot);
+      pass(1);
+      if (Z::kStay && left && --left == 0) pass(Z::kOfX);
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] += more[i];
+  };
+  auto write = [&](float* of_warps, const float (&sums)[4]) {
     LaneSums<Z> joined;
 #pragma unroll
-    for (int i = 0; i < kLane; ++i) joined.v[i] = sums[0][i] + sums[1][i];
-    float* const of_warps = partial + tile % 2 * Z::kWarps * kSums + lane * kLane;
-    joined.write(of_warps + share * kSums);
-    // The warp that reads them comes to the next meeting only when it has.
-    Z::meet();
-    if (!mine) continue;
-    joined.read(of_warps);
+    for (int i = 0; i < kLane; ++i) joined.v[i] = sums[i];
+    joined.write(of_warps + share * kSums + lane * kLane);
+  };
+  auto join = [&](const float* of_warps, int tile) {
+    LaneSums<Z> joined;
+    joined.read(of_warps + lane * kLane);
 #pragma unroll 3
     for (int w = 1; w < Z::kWarps; ++w) {
       LaneSums<Z> more;
-      more.read(of_warps + w * kSums);
+      more.read(of_warps + w * kSums + lane * kLane);
       joined.add(more);
     }
     if (Z::kCluster == 1) finish(tile, joined);
     else joined.write(totals + tile * kSums + lane * kLane);
+  };
+  if constexpr (Z::kStay) {
+    float sums[Z::kTiles][4] = {};
+    for (int phase = 0; phase < Z::kPhases; ++phase) {
+      if (phase) hold_from_ring();
+#pragma unroll
+      for (int tile = 0; tile < Z::kTiles; ++tile)
+        if (tile < tiles) consume(sums[tile]);
+    }
+    if (warp < tiles && Z::kCluster == 1) fetch(warp);
+    float* const all = reinterpret_cast<float*>(shared);  // the ring has served
+    Z::meet();
+#pragma unroll
+    for (int tile = 0; tile < Z::kTiles; ++tile) write(all + tile * Z::kWarps * kSums, sums[tile]);
+    Z::meet();
+    for (int tile = warp; tile < tiles; tile += Z::kWarps) {
+      if (tile != warp && Z::kCluster == 1) fetch(tile);
+      join(all + tile * Z::kWarps * kSums, tile);
+    }
+  } else {
+    for (int tile = 0; tile < tiles; ++tile) {
+      const bool mine = tile % Z::kWarps == warp;
+      if (mine && Z::kCluster == 1) fetch(tile);
+      float sums[4] = {};
+      consume(sums);
+      float* const of_warps = partial + tile % 2 * Z::kWarps * kSums;
+      write(of_warps, sums);
+      // The warp that reads them comes to the next meeting only when it has.
+      Z::meet();
+      if (mine) join(of_warps, tile);
+    }
   }
   if constexpr (Z::kCluster > 1) {
     // The blocks of a cluster take tiles in turn.

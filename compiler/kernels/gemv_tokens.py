@@ -9,11 +9,14 @@ first operand of `mma.m16n8k16`, 16 tokens by 16 elements, and eight rows as the
 reads 16 bytes of a row, so elements are summed in another order than they are stored in. The warps'
 sums of eight rows meet in shared memory, and the warps take turns to add them up and to write
 results. A block of a cluster takes a part of the inner dimension.
+
+Of few rows to a block the sums stay in registers and are added once. x then comes through the ring
+as well, so that warps wait for it no longer than for the weight, and may come in phases.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 from tvm.script import tirx as T
@@ -33,8 +36,8 @@ from .gemv_mma import (
 WARP = 32
 ROWS = 8  # at a place of the ring
 COLUMNS = 32  # that a warp's lanes read of these at once, and keep 8 registers of x for
-WARPS = 16
 MOST_OF_X = 64  # registers of a lane
+MOST_TILES = 12  # whose sums stay in registers, 4 each
 MIN_BYTES, MIN_BYTES_CLUSTER = 32 << 20, 64 << 20
 """Of a weight, the second for blocks in clusters; `gemv_mma.py` takes smaller ones."""
 
@@ -49,14 +52,17 @@ class Plan:
 
     `warps` multiply. A ring has `depth` places, of which `ahead` are filled before x is looked at;
     one has eight rows, or a part of each, if they come in `pieces`. Blocks of a `cluster` share
-    rows, each a part.
+    rows, each a part. Where the sums of all rows `stay` in registers, which then are added once, x
+    comes through the ring, and rows may come in `phases`, a part of their columns in each.
     """
 
     warps: int
     depth: int
     ahead: int
     pieces: int
+    phases: int
     cluster: int
+    stay: bool
 
 
 def plan(product: Product) -> Plan | None:
@@ -66,22 +72,36 @@ def plan(product: Product) -> Plan | None:
     """
     if product.group or not 1 < product.batch <= MAX_BATCH or product.outputs % 2:
         return None
-    size = product.out_features * product.row_bytes
-    for cluster in (1, 2) if product.batch <= 8 else (2,):
-        if size < (MIN_BYTES if cluster == 1 else MIN_BYTES_CLUSTER):
-            return None
-        # Of few rows, which would fill few places of the ring, places are smaller.
-        pieces = 2 if product.out_features <= 4 * ROWS * PROCESSORS // cluster else 1
-        if product.in_features % (COLUMNS * cluster * pieces):
+    for p in _preferred(product):
+        columns = COLUMNS * p.cluster * p.phases * p.pieces
+        if product.in_features % columns:
             continue
-        columns = product.in_features // (COLUMNS * cluster * pieces)
-        if pieces * _ceil(columns, WARPS) * 8 > MOST_OF_X:
+        of_x = p.pieces * _ceil(product.in_features // columns, p.warps) * 8
+        if of_x > MOST_OF_X or (p.stay and _tiles(product, p) > MOST_TILES):
             continue
+        places = p.pieces * _ceil(product.batch, 8) if p.stay else 0  # of x
         for depth in range(2 * ROWS, 1, -1):
-            p = Plan(WARPS, depth, depth - 1 if pieces > 1 else _ceil(depth, 2), pieces, cluster)
-            if shared_bytes(product, p) <= SHARED_BYTES_CLUSTERS:
-                return p
+            ahead = depth - 1 if p.pieces > 1 else _ceil(depth, 2)
+            q = replace(p, depth=depth, ahead=min(ahead, depth - places))
+            if q.ahead > 0 and shared_bytes(product, q) <= SHARED_BYTES_CLUSTERS:
+                return q
     return None
+
+
+def _preferred(product: Product) -> list[Plan]:
+    """Plans but for their rings, of which the first that fits is the best."""
+    size, long = product.out_features * product.row_bytes, product.in_features > 8192
+    if size < MIN_BYTES:
+        return []
+    plans = [Plan(8, 0, 0, 1, 4 if long else 1, 2, True)]
+    if not long and (product.batch <= 8 or size >= MIN_BYTES_CLUSTER):
+        plans = []
+    for cluster in (1, 2) if product.batch <= 8 else (2,):
+        if cluster == 1 or size >= MIN_BYTES_CLUSTER:
+            # Of few rows, which would fill few places of the ring, places are smaller.
+            few = product.out_features <= 4 * ROWS * PROCESSORS // cluster
+            plans.append(Plan(16, 0, 0, 2 if few else 1, 1, cluster, False))
+    return plans
 
 
 def parts(p: Plan) -> int:
@@ -94,20 +114,25 @@ def shared_bytes(product: Product, p: Plan, among: int = 0) -> int:
 
     `among` replaces `parts`.
     """
-    unit, take = (1, ROWS // 2) if product.gated else (2, ROWS)
-    tiles = _ceil(_ceil(product.outputs // unit, among or parts(p)) * unit, take)
-    row = product.row_bytes // (p.cluster * p.pieces)
+    row = product.row_bytes // (p.cluster * p.pieces * p.phases)
     place = ROWS * (row + (64 if row % 128 == 0 else 0))
     eights = _ceil(product.batch, 8)
-    sums = 2 * p.warps + (tiles if p.cluster > 1 else 0)
+    sums = 0 if p.stay else 2 * p.warps
+    sums += _tiles(product, p, among) if p.cluster > 1 else 0
     return p.depth * place + (sums * 256 + (p.warps + 1) * 32) * eights + (2 * p.depth + 1) * 8
+
+
+def _tiles(product: Product, p: Plan, among: int = 0) -> int:
+    """Of eight rows, of a block or cluster."""
+    unit, take = (1, ROWS // 2) if product.gated else (2, ROWS)
+    return _ceil(_ceil(product.outputs // unit, among or parts(p)) * unit, take)
 
 
 def sizes(product: Product, p: Plan, among: int = 0) -> str:
     """The arguments of the template `TokenSizes` of gemv_tokens.cuh; `among` replaces `parts`."""
     values = [product.batch, product.outputs, product.in_features, int(product.gated)]
-    values += [p.warps, p.depth, p.ahead, p.pieces, p.cluster, among or parts(p)]
-    return ", ".join(map(str, values))
+    values += [p.warps, p.depth, p.ahead, p.pieces, p.phases, p.cluster, among or parts(p), p.stay]
+    return ", ".join(str(int(value)) for value in values)
 
 
 def device_function(
