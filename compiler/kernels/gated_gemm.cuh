@@ -143,12 +143,9 @@ __device__ __forceinline__ void product(
     const int lane = tid % 32, warp = tid / 32 % 4;
     // Without a scope of a cluster, which would be a fence for all of memory.
     auto release = [&](int stage) {
-      if (tid % 128 < share.sharing) {
-        unsigned to = barriers + stage * 16 + 8;
-        const int reader = share.sharing == 2 ? tid % 128 : block % 2;
-        asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(to) : "r"(reader));
-        asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(to) : "memory");
-      }
+      if (tid % 128 < share.sharing)
+        phase_arrive_in_block(barriers + stage * 16 + 8,
+                              share.sharing == 2 ? tid % 128 : block % 2);
     };
     for (int tile = share.first; tile < share.total; tile += share.step) {
       float sums[128];

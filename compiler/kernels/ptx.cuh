@@ -42,12 +42,15 @@ __device__ __forceinline__ unsigned address(const void* here) {
 }
 
 // That of another block of the cluster where this one has `here`.
-__device__ __forceinline__ unsigned in_block(const void* here, int block) {
-  unsigned there = address(here);
+__device__ __forceinline__ unsigned in_block(unsigned here, int block) {
+  unsigned there = here;
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(there), "r"(block));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
 #endif
   return there;
+}
+__device__ __forceinline__ unsigned in_block(const void* here, int block) {
+  return in_block(address(here), block);
 }
 
 __device__ __forceinline__ void store_in_block(unsigned there, unsigned long long value) {
@@ -218,8 +221,8 @@ __device__ __forceinline__ void copy_to_both(bool mine, void* to, const void* fr
   if (mine)
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1], %2, [%3], %4;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from),
-        "r"(bytes), "r"((unsigned)__cvta_generic_to_shared(barrier)), "h"((short)3)
+        "[%0], [%1], %2, [%3], %4;" ::"r"(address(to)), "l"(from), "r"(bytes),
+        "r"(address(barrier)), "h"((short)3)
         : "memory");
 #endif
 }
@@ -230,11 +233,14 @@ __device__ __forceinline__ void fence_copies_to_both() {
 #endif
 }
 // At another block's barrier, or this one's, by its place in the cluster.
-__device__ __forceinline__ void phase_arrive_in_block(uint64_t* barrier, int block) {
+__device__ __forceinline__ void phase_arrive_in_block(unsigned barrier, int block) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(in_block(barrier, block))
                : "memory");
 #endif
+}
+__device__ __forceinline__ void phase_arrive_in_block(uint64_t* barrier, int block) {
+  phase_arrive_in_block(address(barrier), block);
 }
 
 // A barrier of `threads` of a block, whole warps; 0 is __syncthreads.
