@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path, help="JSON of bench_decode.py")
     parser.add_argument("--link", type=float, default=450e9, help="bytes/s between GPUs, each way")
-    parser.add_argument("--latency", type=float, default=2.7, help="of a small all-reduce, us")
+    parser.add_argument("--latency", type=float, default=1.5, help="of a small all-reduce, us")
     options = parser.parse_args()
     found: dict[tuple[str, str, int], Estimate] = {}
     print("| model | GPUs | rows | predicted, ms | measured, ms | off by |")
