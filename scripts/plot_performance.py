@@ -74,7 +74,10 @@ def main(results: Path, peers: Path | None, output: Path) -> None:
         axis.grid(alpha=0.3, which="both")
     axes[0][0].set_ylabel("ms per token")
     note = "dashed: the floor" + ("; crosses: the fastest other engine" if others else "")
-    axes[0][-1].legend(title=note, fontsize="small", title_fontsize="small")
+    handles, labels = axes[0][-1].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, title=note, loc="outside lower center", ncols=len(labels), fontsize="small"
+    )
     figure.savefig(output)
     print(output)
 
