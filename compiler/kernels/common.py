@@ -64,6 +64,11 @@ def cuda_source(*names: str | None) -> str:
     return text.replace("\nWGMMA\n", f"\n{specializations()}")
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
 def extent(count: int | None, name: str = "n") -> Any:
     """A number of tokens or rows as a buffer extent: an int, or a fresh symbolic int64."""
     return tirx.Var(name, "int64") if count is None else count

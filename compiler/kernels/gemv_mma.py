@@ -26,7 +26,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, cuda_source, launches_dependents
+from .common import SCHEDULED, ceil_div, cuda_source, launches_dependents
 
 MAX_BATCH = 16
 """Most tokens of a product."""
@@ -37,10 +37,6 @@ SHARED_BYTES_CLUSTERS = 227 * 1024  # on those with clusters of blocks
 CUDA_TYPE = {"float16": "half", "float32": "float"}
 """Of outputs."""
 FEW_PHASES, MAX_PHASES = 4, 16  # of x: what is sought, and what is still worth while
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ class Product:
 
     def parts(self, p: Plan) -> int:
         """Blocks, or clusters of them, that the outputs are divided among."""
-        return min(PROCESSORS // p.cluster, _ceil(self.outputs, 8))
+        return min(PROCESSORS // p.cluster, ceil_div(self.outputs, 8))
 
     def shared(self, p: Plan) -> int:
         """Bytes of shared memory of a block, as `product` of gemv_mma.cuh lays it out."""
@@ -101,12 +97,12 @@ class Product:
         scale_bytes = elements // self.group * 2 if self.group else 0
         pitch = p.chunk + 16 + scale_bytes + (16 if scale_bytes == 32 else 0)
         ring = p.split * p.teams * p.depth * p.tiles * TILE * pitch
-        chunks = _ceil(self.in_features, elements)
-        steps = _ceil(chunks, p.split * p.phases * p.cluster)
+        chunks = ceil_div(self.in_features, elements)
+        steps = ceil_div(chunks, p.split * p.phases * p.cluster)
         rows = p.tiles * TILE
         take = rows // 2 if self.gated else rows
         wide = 1 if self.batch == 1 or self.outputs % 4 else 4
-        height = _ceil(_ceil(self.outputs // wide, self.parts(p)) * wide, take) * rows
+        height = ceil_div(ceil_div(self.outputs // wide, self.parts(p)) * wide, take) * rows
         partial = (height + 4) * 4 * p.split * self.batch
         columns = steps * p.split * elements
         if self.batch == 1 and self.group:
@@ -114,11 +110,11 @@ class Product:
             return ring + columns * 2 + columns // 32 * 8 + partial
         buffers = 2 if p.phases > 1 else 1
         x = buffers * self.batch * (columns * 2 + (64 if self.group else 16))
-        return ring + x + _ceil(buffers * steps, 2) * 16 + partial
+        return ring + x + ceil_div(buffers * steps, 2) * 16 + partial
 
     def tiles(self, p: Plan) -> int:
         """Tiles of a block."""
-        return _ceil(self.out_features, self.parts(p) * TILE)
+        return ceil_div(self.out_features, self.parts(p) * TILE)
 
     def stay(self, p: Plan) -> bool:
         """Whether each warp has one take of rows, whose sums stay in registers."""
@@ -126,12 +122,12 @@ class Product:
 
     def idle_steps(self, p: Plan) -> bool:
         """Whether some of the warps that share rows would run out of chunks well before others."""
-        chunks, shares = _ceil(self.row_bytes, p.chunk), p.split * p.cluster
-        return _ceil(chunks, shares) * shares * 8 > chunks * 9
+        chunks, shares = ceil_div(self.row_bytes, p.chunk), p.split * p.cluster
+        return ceil_div(chunks, shares) * shares * 8 > chunks * 9
 
     def in_phases(self, p: Plan, limit: int) -> Plan | None:
         """`p` with the fewest phases that fit into `limit` bytes of shared memory, if any do."""
-        for phases in range(1, _ceil(self.row_bytes, p.chunk) + 1):
+        for phases in range(1, ceil_div(self.row_bytes, p.chunk) + 1):
             q = replace(p, phases=phases)
             if self.shared(q) <= limit:
                 return q
@@ -193,8 +189,8 @@ def _preferred(product: Product, clusters: bool) -> list[Plan]:
     x_bytes = batch * product.in_features * 2
     little = 64 if (product.in_features < 8192 if q4 else batch <= 4) else 32
     cluster = 2 if batch > 1 and x_bytes > little * 1024 else 1
-    rows = _ceil(product.out_features, PROCESSORS // cluster)  # of a block
-    tiles = _ceil(rows, TILE)
+    rows = ceil_div(product.out_features, PROCESSORS // cluster)  # of a block
+    tiles = ceil_div(rows, TILE)
     if not q4:
         most = Plan(128, 1, 3, 2, 8)
         if batch <= 4:
@@ -213,7 +209,7 @@ def _preferred(product: Product, clusters: bool) -> list[Plan]:
             much = rows > 128 and x_bytes <= 8192
             plans = [Plan(256, 1, 2, 2, 8) if much else Plan(256, 1, 2, 4, 4)]
     elif batch <= 8:
-        if tiles < 0.7 * _ceil(tiles, 8) * 8:
+        if tiles < 0.7 * ceil_div(tiles, 8) * 8:
             plans = [Plan(128, 1, 2, 4, 4)]
         else:
             long = batch <= 4 and product.row_bytes % 512 == 0

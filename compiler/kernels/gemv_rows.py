@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, cuda_source
+from .common import SCHEDULED, ceil_div, cuda_source
 from .gemv_mma import (
     PROCESSORS,
     SHARED_BYTES_CLUSTERS,
@@ -34,10 +34,6 @@ AHEAD = {0: 0.5, 4: 0.35}  # of the ring's places, filled before x is looked at,
 MIN_Q4_BYTES = 9 << 20
 """Of a four-bit weight; smaller ones are faster in `gemv_mma.py`."""
 _SUMS = 8  # of rows, that threads add up at once; see `RowSizes`
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 @dataclass(frozen=True)
@@ -62,14 +58,14 @@ def plan(product: Product, *, whole_x: bool = False) -> Plan | None:
     pieces, bits = _pieces(product), 4 if product.group else 0
     if product.batch != 1 or not _fits(product):
         return None
-    each = _ceil(pieces, MOST_THREADS)
-    threads = _ceil(_ceil(pieces, each), WARP) * WARP
+    each = ceil_div(pieces, MOST_THREADS)
+    threads = ceil_div(ceil_div(pieces, each), WARP) * WARP
     if bits or (not whole_x and pieces % WARP == 0):
         threads *= max(1, MOST_THREADS // threads)  # several rows at once
     if each > MOST_PIECES[bits]:
         return None
     for units in (4, 2) if product.gated else (4, 2, 1):
-        takes = _ceil(_most(product), _taken(product, threads, units))
+        takes = ceil_div(_most(product), _taken(product, threads, units))
         for depth in range(takes, 0, -1):
             p = Plan(threads, units, depth, max(1, int(depth * AHEAD[bits] + 0.5)))
             if shared_bytes(product, p) <= SHARED_BYTES_CLUSTERS:
@@ -95,7 +91,7 @@ def parts(product: Product) -> int:
 
 def _most(product: Product, blocks: int = 0) -> int:
     """Outputs of a block."""
-    return _ceil(product.outputs, blocks or parts(product))
+    return ceil_div(product.outputs, blocks or parts(product))
 
 
 def _pieces(product: Product) -> int:
@@ -105,7 +101,7 @@ def _pieces(product: Product) -> int:
 
 def _rows(product: Product, threads: int) -> int:
     """Rows that threads read at once."""
-    lanes = _ceil(_pieces(product), WARP) * WARP
+    lanes = ceil_div(_pieces(product), WARP) * WARP
     return threads // lanes if threads % lanes == 0 else 1
 
 
@@ -122,10 +118,10 @@ def shared_bytes(product: Product, p: Plan, blocks: int = 0) -> int:
     warps, k = p.threads // WARP, product.in_features
     scales = k // product.group * 2 if product.group else 0
     place = p.units * _rows(product, p.threads) * (product.row_bytes + scales)
-    takes = _ceil(_most(product, blocks), _taken(product, p.threads, p.units))
+    takes = ceil_div(_most(product, blocks), _taken(product, p.threads, p.units))
     sums = (takes + _SUMS // p.units) * p.units * warps * 4 + warps * 4
     x = k * 2 + k // 32 * 8 if product.group else 0
-    return _ceil(p.depth * place + x + sums, 16) * 16 + (2 * p.depth + 1) * 8
+    return ceil_div(p.depth * place + x + sums, 16) * 16 + (2 * p.depth + 1) * 8
 
 
 def sizes(product: Product, p: Plan, blocks: int = 0) -> str:

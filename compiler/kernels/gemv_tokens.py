@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from tvm import tirx
 from tvm.script import tirx as T
 
-from .common import SCHEDULED, cuda_source
+from .common import SCHEDULED, ceil_div, cuda_source
 from .gemv_mma import (
     CUDA_TYPE,
     MAX_BATCH,
@@ -40,10 +40,6 @@ MOST_OF_X = 64  # registers of a lane
 MOST_TILES = 12  # whose sums stay in registers, 4 each
 MIN_BYTES, MIN_BYTES_CLUSTER = 32 << 20, 64 << 20
 """Of a weight, the second for blocks in clusters; `gemv_mma.py` takes smaller ones."""
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 @dataclass(frozen=True)
@@ -76,12 +72,12 @@ def plan(product: Product) -> Plan | None:
         columns = COLUMNS * p.cluster * p.phases * p.pieces
         if product.in_features % columns:
             continue
-        of_x = p.pieces * _ceil(product.in_features // columns, p.warps) * 8
+        of_x = p.pieces * ceil_div(product.in_features // columns, p.warps) * 8
         if of_x > MOST_OF_X or (p.stay and _tiles(product, p) > MOST_TILES):
             continue
-        places = p.pieces * _ceil(product.batch, 8) if p.stay else 0  # of x
+        places = p.pieces * ceil_div(product.batch, 8) if p.stay else 0  # of x
         for depth in range(2 * ROWS, 1, -1):
-            ahead = depth - 1 if p.pieces > 1 else _ceil(depth, 2)
+            ahead = depth - 1 if p.pieces > 1 else ceil_div(depth, 2)
             q = replace(p, depth=depth, ahead=min(ahead, depth - places))
             if q.ahead > 0 and shared_bytes(product, q) <= SHARED_BYTES_CLUSTERS:
                 return q
@@ -116,7 +112,7 @@ def shared_bytes(product: Product, p: Plan, among: int = 0) -> int:
     """
     row = product.row_bytes // (p.cluster * p.pieces * p.phases)
     place = ROWS * (row + (64 if row % 128 == 0 else 0))
-    eights = _ceil(product.batch, 8)
+    eights = ceil_div(product.batch, 8)
     sums = 0 if p.stay else 2 * p.warps
     sums += _tiles(product, p, among) if p.cluster > 1 else 0
     return p.depth * place + (sums * 256 + (p.warps + 1) * 32) * eights + (2 * p.depth + 1) * 8
@@ -125,7 +121,7 @@ def shared_bytes(product: Product, p: Plan, among: int = 0) -> int:
 def _tiles(product: Product, p: Plan, among: int = 0) -> int:
     """Of eight rows, of a block or cluster."""
     unit, take = (1, ROWS // 2) if product.gated else (2, ROWS)
-    return _ceil(_ceil(product.outputs // unit, among or parts(p)) * unit, take)
+    return ceil_div(ceil_div(product.outputs // unit, among or parts(p)) * unit, take)
 
 
 def sizes(product: Product, p: Plan, among: int = 0) -> str:
