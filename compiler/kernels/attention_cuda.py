@@ -16,7 +16,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from .common import SCHEDULED, cuda_source, extent, kind_of, launch_dependents
-from .q4_gemm import image_rows, image_source
+from .q4_gemm import image_rows
 
 MULTIPROCESSORS = 132
 """Of the GPU that the plans are made for; others are served as well."""
@@ -422,7 +422,7 @@ def prefill_attention(
     sizes += ["true" if x else "false" for x in (softcap, image, sinks)]
     name = "shardwright::prefill::attention<shardwright::prefill::Sizes<"
     name += f"{', '.join(map(str, sizes))}>>"
-    source = image_source() + cuda_source("prefill_attention.cuh")
+    source = cuda_source("q4_image.cuh", "prefill_attention.cuh")
     result = (image_rows(n), heads * head_dim) if image else (n, heads, head_dim)
     tiles = (n + block - 1) // block
 

@@ -31,11 +31,6 @@ _STAGES_BYTES = 192 * 1024
 _SHARED_BYTES = _STAGES_BYTES + 1024 + 512  # alignment, barriers
 
 
-def image_source() -> str:
-    """The CUDA text of what writes images."""
-    return cuda_source("q4_image.cuh")
-
-
 def _source() -> str:
     return cuda_source("q4_image.cuh", "q4_unpack.cuh", "q4_gemm.cuh")
 
@@ -84,7 +79,7 @@ def q4_gemm_image() -> tirx.PrimFunc:
 
 def silu_mul_image(*, features: int) -> tirx.PrimFunc:
     """`y [n,2F] f16 -> image` of `activation.silu_mul`; F a multiple of `COLUMNS`."""
-    threads, parts, source = 256, features // 32, image_source()
+    threads, parts, source = 256, features // 32, cuda_source("q4_image.cuh")
     n = tirx.Var("n", "int64")
 
     @T.prim_func(s_tir=True)
@@ -121,7 +116,7 @@ NORM_FEATURES = 1024
 
 def add_rms_norm_image(*, features: int, eps: float) -> tirx.PrimFunc:
     """`(x [n,E], y [n,E], weight [E]) -> (sum [n,E], image)`, of `norm.add_rms_norm`, all f16."""
-    threads, source = features // 32, image_source()
+    threads, source = features // 32, cuda_source("q4_image.cuh")
     name = f"shardwright_q4::add_rms_norm_image<{features}>"
     n = tirx.Var("n", "int64")
 
