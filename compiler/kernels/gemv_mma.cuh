@@ -119,6 +119,19 @@ __device__ __forceinline__ float rounded<float>(float v) { return v; }
 template <>
 __device__ __forceinline__ half rounded<half>(float v) { return __float2half(v); }
 
+// One thread starts the barriers of a ring that a warp fills for kWarps others, and that of their first
+// look at x.
+template <class Z>
+__device__ __forceinline__ void start_ring(uint64_t* full, uint64_t* empty, uint64_t* looked) {
+  for (int slot = 0; slot < Z::kDepth; ++slot) {
+    shardwright::phase_start(full + slot, 1);
+    shardwright::phase_start(empty + slot, Z::kWarps);
+  }
+  shardwright::phase_start(looked, Z::kWarps);
+  shardwright::phases_started();
+  shardwright::fence_copies();
+}
+
 // Sizes, as `Plan` of gemv_mma.py has them; kGroup is 0 for an fp16 weight. kParts blocks, or clusters
 // of them, divide the outputs.
 template <int kBatch_, int kOutputs_, int kInner_, int kGroup_, bool kGated_, int kChunk_,

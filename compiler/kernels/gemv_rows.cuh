@@ -178,13 +178,7 @@ __device__ __forceinline__ void copy_rows(const char* weight, const char* scale,
   };
   int i = 0;
   if (copies) {
-    for (int slot = 0; slot < Z::kDepth; ++slot) {
-      shardwright::phase_start(full + slot, 1);
-      shardwright::phase_start(empty + slot, Z::kWarps);
-    }
-    shardwright::phase_start(looked, Z::kWarps);
-    shardwright::phases_started();
-    shardwright::fence_copies();
+    start_ring<Z>(full, empty, looked);
     // The rest comes behind the first look at x, which would else wait for it.
     for (; i < min(slots, Z::kAhead); ++i) issue(i);
   }

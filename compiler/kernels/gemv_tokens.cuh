@@ -160,15 +160,7 @@ __device__ __forceinline__ void copy_tiles(const char* x, const char* weight, in
                                            char* shared, uint64_t* full, uint64_t* empty,
                                            uint64_t* looked) {
   const int lane = threadIdx.x % 32, rank = blockIdx.x % Z::kCluster;
-  if (lane == 0) {
-    for (int slot = 0; slot < Z::kDepth; ++slot) {
-      shardwright::phase_start(full + slot, 1);
-      shardwright::phase_start(empty + slot, Z::kWarps);
-    }
-    shardwright::phase_start(looked, Z::kWarps);
-    shardwright::phases_started();
-    shardwright::fence_copies();
-  }
+  if (lane == 0) start_ring<Z>(full, empty, looked);
   __syncwarp();
   const int tiles = (count + Z::kTake - 1) / Z::kTake, items = tiles * Z::kPieces;
   int slot = 0, parity = 1;
