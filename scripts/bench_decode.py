@@ -33,6 +33,7 @@ from shardwright.runtime.artifact import Manifest, load_manifest
 
 COPY_BYTES = 4 << 30
 WINDOW = 32  # steps: the host may see tokens in bursts, so a step's time is a slope
+REST = 0.3  # seconds; from 0.1 to 1 makes no difference
 
 
 def copy_bandwidth(kind: str) -> float:
@@ -127,19 +128,27 @@ def time_decode(session: Any, context: int, tokens: int, batch: int) -> dict[str
     }
 
 
-def time_first_token(session: Any, length: int) -> float:
-    """Seconds from a prompt of `length` tokens to the first token: median of five prompts."""
+def time_first_token(session: Any, length: int) -> dict[str, float]:
+    """Seconds from a prompt of `length` tokens to the first token: medians of five prompts.
+
+    Prompt after prompt, and `rested`, each behind `REST` seconds without work: a prompt is bound by
+    the power that a hot GPU has left.
+    """
     from shardwright.runtime.sampling import SamplingParams
 
     rng = np.random.default_rng(length)
-    times = []
-    for _ in range(6):
+
+    def one(rest: float) -> float:
         prompt = rng.integers(3, session.manifest.model.vocab_size, length).tolist()
         session.reset()
+        time.sleep(rest)
         began = time.perf_counter()
         next(session.generate([prompt], SamplingParams(max_new_tokens=1, eos=())))
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])  # the first loads kernels
+        return time.perf_counter() - began
+
+    one(0)  # loads kernels
+    rests = {"seconds": 0.0, "rested_seconds": REST}
+    return {kind: statistics.median(one(rest) for _ in range(5)) for kind, rest in rests.items()}
 
 
 def measure(
@@ -181,7 +190,7 @@ def measure(
                     entry["busy_ms_per_token"] = timed["ms_per_token"]
                     entry["busy_mean_ms_per_token"] = timed["mean_ms_per_token"]
         fitting = [n for n in prompts if n < limits.max_seq_len]
-        seconds = [{"prompt": n, "seconds": time_first_token(session, n)} for n in fitting]
+        seconds = [{"prompt": n, **time_first_token(session, n)} for n in fitting]
         stats = session.stats()
     return {
         "artefact": manifest.name,
@@ -236,7 +245,10 @@ def tables(report: dict[str, Any], peers: list[dict[str, Any]]) -> list[Table]:
         title="each measurement",
     )
     for r in good:
-        prompts = ", ".join(f"{1e3 * f['seconds']:.1f} ({f['prompt']})" for f in r["first_token"])
+        prompts = ", ".join(
+            f"{1e3 * f['seconds']:.1f}, rested {1e3 * f['rested_seconds']:.1f} ({f['prompt']})"
+            for f in r["first_token"]
+        )
         for d in r["decode"]:
             ms, floor = d["ms_per_token"], d["bytes_per_step"] / copied * 1e3
             cells.setdefault((r["model"], d["batch"]), {})[r["ranks"]] = f"{ms:.2f} / {floor:.2f}"

@@ -35,7 +35,7 @@ def result(ranks: int, ms: float) -> dict:
         "quantization": "q0f16",
         "ranks": ranks,
         "decode": [decode],
-        "first_token": [{"prompt": 2048, "seconds": 0.02}],
+        "first_token": [{"prompt": 2048, "seconds": 0.02, "rested_seconds": 0.018}],
         "load_s": 3.0,
     }
 
@@ -56,7 +56,9 @@ def test_tables_of_models_over_ranks_and_of_measurements():
     row = next(line for line in text.splitlines() if "4.00 / 2.00" in line)
     assert row.split("│")[1].split() == ["big"] and "2.50 / 1.00" in row
     line = next(line for line in text.splitlines() if "big-n1" in line)
-    assert "50%" in line and "2000" in line and "+1.0%" in line and "20.0 (2048)" in line
+    assert (
+        "50%" in line and "2000" in line and "+1.0%" in line and "20.0, rested 18.0 (2048)" in line
+    )
     assert "4.69 gpt-fast, 4.81 vLLM 0.25" in line
 
 
