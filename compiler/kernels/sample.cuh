@@ -141,10 +141,18 @@ __device__ __forceinline__ void sample(
   constexpr int kBits = 31 - (32 - __builtin_clz(kLocal));
   constexpr float kHalf = 1u << kBits;
   __shared__ Shared s;
+  const int first = part * kLocal, last = min(first + kLocal, kVocab);
+  logits += (size_t)row * kVocab;
   wait_for_inputs();
+  // Read first of all, not behind the position.
+  float score[kPer];
+#pragma unroll
+  for (int j = 0; j < kPer; ++j) {
+    const int token = first + j * kThreads + tid;
+    score[j] = token < last ? logits[token] : -INFINITY;
+  }
   const int position = positions[row];
   if (position < 0 || position + 1 >= kMax) return;
-  logits += (size_t)row * kVocab;
   scores += (size_t)row * kVocab;
   history += (size_t)row * kMax;
   sampling_f += row * 4;
@@ -154,18 +162,10 @@ __device__ __forceinline__ void sample(
   const bool early = position + 1 - sampling_i[3] < sampling_i[2];
   volatile uint64_t* const ring = reinterpret_cast<volatile uint64_t*>(
       (uint64_t)(unsigned)sampling_i[7] << 32 | (unsigned)sampling_i[6]);
-  const int first = part * kLocal, last = min(first + kLocal, kVocab);
-  float score[kPer];
 #pragma unroll
-  for (int j = 0; j < kPer; ++j) {
-    const int token = first + j * kThreads + tid;
-    score[j] = -INFINITY;
-    if (token < last) {
-      const float x = logits[token];
-      // Zero is added for the sake of its sign, which a comparison would not see.
-      if (x >= kLowest) score[j] = fminf(x, -kLowest) + 0.f;
-    }
-  }
+  for (int j = 0; j < kPer; ++j)
+    // Zero is added for the sake of its sign, which a comparison would not see.
+    score[j] = score[j] >= kLowest ? fminf(score[j], -kLowest) + 0.f : -INFINITY;
   if (penalty != 1.f || (ngram > 0 && position + 1 >= ngram) || early) {
     // Filters that name tokens; each block sees to those of its own part.
 #pragma unroll
@@ -208,13 +208,13 @@ __device__ __forceinline__ void sample(
   auto ranked = [&](float value, int token) {
     return (unsigned long long)key_of(value) << 32 | ~(unsigned)token;
   };
-  unsigned long long best = 0;
+  float high = -INFINITY;
+  int at = 0;  // of a thread's tokens, which rise, the first of those with the largest score
 #pragma unroll
-  for (int j = 0; j < kPer; ++j) {
-    const int token = first + j * kThreads + tid;
-    if (token < last) best = max(best, ranked(score[j], token));
-  }
-  best = largest(s, best, 0, part, tid);
+  for (int j = 0; j < kPer; ++j)
+    if (score[j] > high) high = score[j], at = j;
+  const int token = first + at * kThreads + tid;
+  unsigned long long best = largest(s, token < last ? ranked(high, token) : 0, 0, part, tid);
   const unsigned top = (unsigned)(best >> 32);
   const float highest = __uint_as_float(top >> 31 ? top & 0x7FFFFFFFu : ~top);
   if (temperature > 0.f && highest >= kLowest) {
