@@ -165,11 +165,12 @@ __device__ __forceinline__ void gather_logits(const float* local, const int* las
     buffer[d] = reinterpret_cast<unsigned*>(peers[(rank + d) % kRanks]) + kFirst;
   Patience patience(peers + kRanks);
   wait_for_inputs();
-  if (at >= kLocal || last[row] < 0) return;
+  if (at >= kLocal) return;
   const unsigned flag = (unsigned)calls[row];
   auto slot = [&](int source) { return (((size_t)row * kRanks + source) * kLocal + at) * 2; };
   uint2 got[kRanks];
   const uint2 mine = *reinterpret_cast<const uint2*>(local + (size_t)row * kLocal + at);
+  if (last[row] < 0) return;
 #pragma unroll
   for (int d = 1; d < kRanks; ++d) send(buffer[d] + slot(rank), mine, flag);
   bool all;
