@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
 
+import numpy as np
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 from shardwright.compiler.fuse import Rewrite
 from shardwright.compiler.kernels import gemv_mma, gemv_norm, gemv_sum
@@ -30,6 +31,7 @@ _ONE = "decode_1"
 _ADD_NORM = "shardwright.add_rms_norm"
 _REDUCE_ADD_NORM = "shardwright.peer_all_reduce_add_rms_norm"
 _PRODUCTS = ("shardwright.linear", "shardwright.q4_linear")
+_LOOKUPS = ("shardwright.embed", "shardwright.q4_embed")
 _GATED_PRODUCTS = ("shardwright.gated_linear", "shardwright.q4_gated_linear")
 
 
@@ -72,7 +74,7 @@ class _Function:
         return None
 
     def sent(self, site: _Site) -> relax.Var | None:
-        """The product that makes the summands of a site and nothing else, if it can send them."""
+        """What makes the summands of a site and nothing else, if it can send them."""
         y = site.args[1]
         value = self.values.get(y)
         return y if len(self.readers[y]) == 1 and _sends(value, self.params) else None
@@ -88,6 +90,35 @@ class _Function:
         return gemv_norm.blocks(product, plan) if there and plan is not None else None
 
 
+def sum_first_norms(mod: tvm.IRModule) -> tvm.IRModule:
+    """`rms_norm(x, weight)` of the looked-up row of `decode_1` as `add_rms_norm` of 0 and x.
+
+    So `fuse_norm` finds it. Runs before `add_peer_functions`; x may be summed over all ranks.
+    """
+
+    def rewrite(rw: Rewriter, _var: relax.Var, call: relax.Call) -> relax.Expr | None:
+        if op_name(call) != "relax.nn.rms_norm" or str(call.ty.dtype) != "float16":
+            return None
+        x, weight = call.args
+        made = rw.value_of(x)
+        if made is not None and op_name(made) == "relax.ccl.allreduce":
+            made = rw.value_of(made.args[0])
+        if made is None or op_name(made) not in (*_LOOKUPS, "relax.take"):
+            return None
+        zero = relax.const(np.zeros(shape_of(x), "float16"))
+        eps = relax.prim_value(tirx.FloatImm("float64", float(call.attrs.epsilon)))
+        args = [zero, *map(rw.local, (x, weight)), eps]
+        both = rw.bb.emit(_call("add_rms_norm", args, [x.ty, call.ty]))
+        rw.vars[x] = rw.bb.emit(relax.TupleGetItem(both, 0))
+        return relax.TupleGetItem(both, 1)
+
+    functions = dict(mod.functions_items())
+    for gv, func in mod.functions_items():
+        if gv.name_hint == _ONE:
+            functions[gv] = Rewriter(func, rewrite).run(_ONE)
+    return tvm.IRModule(functions)
+
+
 def fuse_norm(mod: tvm.IRModule, peer: PeerState | None) -> tvm.IRModule:
     """`mod` with the norms of its functions of few rows fused, for GPUs with clusters.
 
@@ -98,7 +129,9 @@ def fuse_norm(mod: tvm.IRModule, peer: PeerState | None) -> tvm.IRModule:
     not read: the one keeps the order of the two, the other its memory from being used anew, since
     the second kernel begins while the first still runs. `place` is one of `peer.SUM_PLACES`,
     `last_place` that of the sum before; `first` is `PeerState.sums_at`. With four bits these names
-    have `q4_linear` or `q4_gated_linear`, and `packed, scale` is the weight.
+    have `q4_linear` or `q4_gated_linear`, and `packed, scale` is the weight. The first of the
+    summands is `send_embed(table, ids, peers, rank, calls, place, first) -> done [1]`, or
+    `send_q4_embed`: the row of the embedding, of which other ranks have zeros.
 
     Of several rows `add_linear(x, weight, residual, norm) -> (sum, weighted, squares)` in front of
     the norm and `norm_linear(weighted, squares, weight, eps) -> product`, or `norm_gated_linear`,
@@ -179,27 +212,36 @@ def _fuse_all_reduces(func: relax.Function, peer: PeerState) -> relax.Function:
     sent = [y for y in map(f.sent, sites) if y is not None]
     if len(sent) != len(reduces) or len(sent) < SUM_PLACES:
         return func
-    # Nor may a product do both, or anything run between a product that sends and its receiver.
-    apart = any(f.place[site.pair] != f.place[y] + 1 for site, y in zip(sites, sent, strict=True))
+    # Nor may a product do both, or anything run between a product that sends and its receiver. A
+    # look-up is moved to where its receiver is.
+    by_pair = {site.pair: i for i, site in enumerate(sites)}
+    by_sent = {y: i for i, y in enumerate(sent) if not _looks_up(f.values[y])}
+    apart = any(f.place[sites[i].pair] != f.place[y] + 1 for y, i in by_sent.items())
     if apart or {site.product for site in sites} & set(sent):
         return func
     places = sum_places(len(sites))
     at = relax.prim_value(peer.sums_at)
-    by_pair = {site.pair: i for i, site in enumerate(sites)}
-    by_sent = {y: i for i, y in enumerate(sent)}
+
+    def send(rw: Rewriter, number: int, call: relax.Call) -> relax.Call:
+        *_, peers, calls, rank, _eps = sites[number].args
+        if _looks_up(call):
+            *operands, _rank = operands_of(call)
+            operands += [peers, rank, calls]
+        else:
+            operands = [*operands_of(call), peers, rank]
+        place, done = relax.prim_value(places[number]), relax.TensorType([1], "int32")
+        return _call(_named("send", call), [*map(rw.local, operands), place, at], done)
 
     def rewrite(rw: Rewriter, var: relax.Var, call: relax.Call) -> relax.Expr | None:
         if var in by_sent:
-            *_, peers, _calls, rank, _eps = sites[by_sent[var]].args
-            place = relax.prim_value(places[by_sent[var]])
-            tensors = map(rw.local, (*operands_of(call), peers, rank))
-            done = relax.TensorType([1], "int32")
-            return _call(_named("send", call), [*tensors, place, at], done)
+            return send(rw, by_sent[var], call)
         if var in by_pair:
             number = by_pair[var]
             residual, y, norm, peers, _calls, rank, eps = sites[number].args
             weight = operands_of(sites[number].call)[1:]
             x = operands_of(f.values[y])[0]
+            if _looks_up(f.values[y]):
+                rw.vars[y] = rw.bb.emit(send(rw, number, f.values[y]))
             tensors = map(rw.local, (residual, norm, *weight, y, x, peers, rank))
             # Before the first sum came the last one of another step.
             both = (relax.prim_value(places[i]) for i in (number, number - 1))
@@ -263,7 +305,15 @@ def _fits(value: relax.Expr, normed: relax.Var, params: set[relax.Var]) -> bool:
     return plan(product) is not None
 
 
+def _looks_up(value: relax.Expr) -> bool:
+    return any(is_call(value, name) for name in _LOOKUPS)
+
+
 def _sends(value: relax.Expr, params: set[relax.Var]) -> bool:
+    if _looks_up(value):
+        table, *scale = operands_of(value)[:-2]
+        features = shape_of(table)[1] * (8 if scale else 1)
+        return shape_of(value) == (1, features) and features % 8 == 0
     product = _product_of(value, params)
     return (
         product is not None

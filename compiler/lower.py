@@ -11,7 +11,7 @@ import tvm
 from tvm import relax
 
 from shardwright.compiler.fuse import FUSIONS
-from shardwright.compiler.fuse_norm import FUSE_NORM_PASS, fuse_norm
+from shardwright.compiler.fuse_norm import FUSE_NORM_PASS, fuse_norm, sum_first_norms
 from shardwright.compiler.linear import Rewriter
 from shardwright.compiler.lowering import (
     attention,
@@ -57,6 +57,8 @@ LOWERINGS: dict[str, Lowering] = {
     "shardwright.take_columns": products.lower_take_columns,
     "shardwright.embed": embedding.lower_embed,
     "shardwright.q4_embed": embedding.lower_q4_embed,
+    "shardwright.send_embed": embedding.lower_send_embed,
+    "shardwright.send_q4_embed": embedding.lower_send_embed,
     "shardwright.quantized_embed": embedding.lower_quantized_embed,
     "relax.take": embedding.lower_take,
     "shardwright.route": experts.lower_route,
@@ -91,9 +93,12 @@ def lower_abstract(
     for name, fuse in FUSIONS.items():
         if name not in disabled:
             mod = fuse(mod)
+    norms = "clusters" in target.keys and FUSE_NORM_PASS not in disabled
+    if norms:
+        mod = sum_first_norms(mod)
     if peer is not None:
         mod = add_peer_functions(mod, peer)
-    if "clusters" in target.keys and FUSE_NORM_PASS not in disabled:
+    if norms:
         mod = fuse_norm(mod, peer)
     bb = relax.BlockBuilder()
     kernels = Kernels(bb, target, disabled)

@@ -199,6 +199,7 @@ template <unsigned kMask>
 unsigned masked(unsigned word) { return (word & kMask) | 0x64006400; }
 // Of ranks that run one after another: all has been sent before any looks.
 inline void send_half(unsigned short* to, unsigned short bits) { *to = bits; }
+inline void send_words(uint4* to, uint4 words) { *to = words; }
 inline uint4 look_at_words(const uint4* from) { return *from; }
 template <int kCount>
 void cluster_load(float (&v)[kCount], const float* p, int rank) {

@@ -10,8 +10,8 @@ from reference import families
 from tvm import relax
 
 from shardwright.compiler import cuda, fuse
-from shardwright.compiler.fuse_norm import FUSE_NORM_PASS, fuse_norm
-from shardwright.compiler.kernels import gemv_mma, gemv_norm, gemv_sum, gemv_tokens
+from shardwright.compiler.fuse_norm import FUSE_NORM_PASS, fuse_norm, sum_first_norms
+from shardwright.compiler.kernels import gemv_mma, gemv_norm, gemv_sum, gemv_tokens, send_row
 from shardwright.compiler.lower import lower_abstract
 from shardwright.compiler.peer import SUM_PLACES, add_peer_functions, peer_state, sum_places
 from shardwright.compiler.program import partition_program
@@ -41,6 +41,7 @@ def fused(config, ranks, scheme="q4f16_1"):
     peer = peer_state(before, ranks, 32)
     for fusion in fuse.FUSIONS.values():
         before = fusion(before)
+    before = sum_first_norms(before)
     if peer is not None:
         before = add_peer_functions(before, peer)
     return before, fuse_norm(before, peer), peer
@@ -79,6 +80,11 @@ def item(func, var):
     return value.tuple_value, value.index
 
 
+def is_zero(x):
+    """Whether a residual is none."""
+    return not isinstance(x, relax.Var) and not x.value.numpy().any()
+
+
 @pytest.mark.parametrize("scheme, kind", SCHEMES)
 def test_one_rank_adds_and_norms_in_front_of_its_products(scheme, kind):
     before, after, _ = fused(CONFIG, 1, scheme)
@@ -88,17 +94,16 @@ def test_one_rank_adds_and_norms_in_front_of_its_products(scheme, kind):
     layer = ["append_attention_joined", "relax.reshape", f"{kind}linear"]
     layer += [f"add_norm_{kind}gated_linear", f"{kind}linear", f"add_norm_{kind}linear"]
     names = [name for name, _, _ in found]
-    start = names.index("relax.nn.rms_norm")
-    assert names[start:] == [
-        *("relax.nn.rms_norm", f"{kind}linear"), *layer * 3, "store_logits", "sample"
+    row = found[names.index("q4_embed" if kind else "relax.take")][1]
+    assert names[names.index(f"add_norm_{kind}linear") :] == [
+        f"add_norm_{kind}linear", *layer * 3, "store_logits", "sample"
     ]  # fmt: skip
     pairs = [x for x in found if x[0].startswith("add_norm")]
-    residual = found[start][2][0]
     for i, (_, pair, (x, y, norm, weight, *scale, eps)) in enumerate(pairs):
         at = [v for _, v, _ in found].index(pair)
-        assert y == found[at - 1][1]  # the product in front
+        assert y == (found[at - 1][1] if i else row)  # the product in front
         # The sum goes on from pair to pair.
-        assert x == residual if i == 0 else item(func, x) == (pairs[i - 1][1], 0)
+        assert item(func, x) == (pairs[i - 1][1], 0) if i else is_zero(x)
         assert eps.value == 1e-5 and "norm" in norm.name
         assert [s.name[:-5] for s in scale] == [weight.name.removesuffix("q4")] * (kind != "")
         # And the product to what reads it.
@@ -143,27 +148,31 @@ def test_several_ranks_send_and_sum(ranks, scheme, kind):
     func = after["decode_1_peer"]
     found = calls(func)
     names = [name for name, _, _ in found]
-    start = names.index("relax.nn.rms_norm")
     layer = ["append_attention_joined", "relax.reshape", f"send_{kind}linear"]
     layer += [f"sum_norm_{kind}gated_linear", f"send_{kind}linear", f"sum_norm_{kind}linear"]
-    assert names[start - 1 :] == [
-        *("peer_all_reduce", "relax.nn.rms_norm", f"{kind}linear"), *layer * 3,
+    assert names[names.index(f"send_{kind}embed") :] == [
+        *(f"send_{kind}embed", f"sum_norm_{kind}linear"), *layer * 3,
         *("peer_store_logits", "sample"),
     ]  # fmt: skip
-    sends = [x for x in found if x[0] == f"send_{kind}linear"]
+    assert not {"embed", "q4_embed", "peer_all_reduce", "relax.nn.rms_norm"} & {*names}
+    sends = [x for x in found if x[0].startswith("send")]
     sums = [x for x in found if x[0].startswith("sum_norm")]
-    residual = found[start][2][0]
-    places = [0, 1, 2, 3, 4, 5]
+    places = [0, 1, 2, 3, 0, 4, 5]
     for i, ((_, sent, send), (_, _pair, args)) in enumerate(zip(sends, sums, strict=True)):
-        x, weight, *scale, peers, at, place, first = send
+        *send, place, first = send
+        if i == 0:  # the look-up
+            x, *scale, ids, peers, at, calls_ = send
+            assert (ids.name, calls_.name, "embed" in x.name) == ("tokens", "peer_calls", True)
+        else:
+            x, weight, *scale, peers, at = send
+            assert [s.name[:-5] for s in scale] == [weight.name.removesuffix("q4")] * (kind != "")
         assert (peers.name, at.name) == ("peers", "rank")
-        assert [s.name[:-5] for s in scale] == [weight.name.removesuffix("q4")] * (kind != "")
         assert (place.value, first.value) == (places[i], peer.sums_at)
         old, norm, *_weight, done, held, peers, at, place, last, eps, first = args
         assert (peers.name, at.name) == ("peers", "rank")
         assert (place.value, last.value, first.value) == (places[i], places[i - 1], peer.sums_at)
         assert done == sent and held == x and eps.value == 1e-5 and "norm" in norm.name
-        assert old == residual if i == 0 else item(func, old) == (sums[i - 1][1], 0)
+        assert item(func, old) == (sums[i - 1][1], 0) if i else is_zero(old)
 
 
 @pytest.mark.parametrize("sums", range(SUM_PLACES, 24))
@@ -252,8 +261,9 @@ def test_the_kernels_of_one_token_compile(group):
     plain = gemv_sum.sent_plan(gemv_mma.Product(1, 256, 256, group))
     compiled(
         add=gemv_sum.add_norm_gemv(**normed, out_dtype="float16", gated=True),
-        sum=gemv_sum.sum_norm_gemv(**normed, **peers, out_dtype="float32", sent_features=64),
+        sum=gemv_sum.sum_norm_gemv(**normed, **peers, out_dtype="float32"),
         send=gemv_sum.send_gemv(**sizes, **peers, out_features=256, tuned=plain),
+        row=send_row.send_row(**peers, table_rows=50, features=256, group=group, rows=2),
     )
 
 

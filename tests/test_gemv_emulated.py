@@ -169,6 +169,12 @@ extern "C" void send_{i}(const half* x, {EXCHANGE}, const void* w, const half* s
     {sent};
   }});
 }}
+extern "C" void send_row_{i}(const half* row, {EXCHANGE}) {{
+  using namespace shardwright_gemv;
+  constexpr int kFeatures = {both[0][0].outputs};
+  for (int i = 0; i < kFeatures / 8; ++i)
+    send_piece<{ranks}, kFeatures>(row + 8 * i, peers, rank, first, place, i);
+}}
 extern "C" void sum_{i}(const half* residual, const half* y, const half* norm, half* sum,
                         {EXCHANGE}, const void* w, const half* scale, half* out) {{
   run_grid({normed_grid}, [&](char* shared) {{
@@ -334,6 +340,28 @@ def test_large_sums_stay_finite(library):
     library.add_0(*pointers(x, weight, scale, residual, norm, total, weighted, squares))
     np.testing.assert_array_equal(total, residual)
     assert np.isfinite(weighted).all() and np.isfinite(squares).all()
+
+
+@pytest.mark.parametrize("name", [name for name, (ranks, *_) in SUMS.items() if ranks > 1])
+def test_a_row_that_one_rank_has_comes_to_all(library, name):
+    ranks, _, (product, _) = SUMS[name]
+    case, first, features = list(SUMS).index(name), 8, product.in_features
+    rng = np.random.default_rng(7)
+    row = rng.standard_normal(features).astype(np.float16)
+    row[::5] = 0
+    nothing, norm = np.zeros_like(row), np.ones_like(row)
+    weight, scale, _ = random_weight(rng, product)
+    buffers = [np.zeros(first + ranks * features, np.uint32) for _ in range(ranks)]
+    peers = np.array([a.ctypes.data for a in (*buffers, np.zeros(1, np.int32))])
+    exchange = [(peers, np.array([r], np.int32), first, 1, 0) for r in range(ranks)]
+    for r in range(ranks):
+        sent = row if r == 1 else nothing
+        getattr(library, f"send_row_{case}")(*pointers(sent, *exchange[r]))
+    for r in range(ranks):
+        total, out = np.full_like(row, np.nan), np.zeros(product.outputs, np.float16)
+        arrays = (nothing, nothing, norm, total, *exchange[r], weight, scale, out)
+        getattr(library, f"sum_{case}")(*pointers(*arrays))
+        np.testing.assert_array_equal(total, row)
 
 
 @pytest.mark.parametrize("name", SUMS)

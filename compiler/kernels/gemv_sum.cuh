@@ -13,6 +13,10 @@ namespace shardwright_gemv {
 __device__ __forceinline__ void send_half(unsigned short* to, unsigned short bits) {
   asm volatile("st.relaxed.sys.global.u16 [%0], %1;" ::"l"(to), "h"(bits) : "memory");
 }
+__device__ __forceinline__ void send_words(uint4* to, uint4 w) {
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(w.x), "r"(w.y),
+               "r"(w.z), "r"(w.w) : "memory");
+}
 __device__ __forceinline__ uint4 look_at_words(const uint4* from) {
   uint4 w;
   asm volatile("ld.relaxed.sys.global.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -58,6 +62,27 @@ struct SentOutput {
     for (int d = 0; d < kRanks; ++d) send_half(to[d] + output, bits ? bits : 0x8000);
   }
 };
+
+// Eight elements of a row, of number `piece`, sent to all ranks.
+template <int kRanks, int kFeatures>
+__device__ __forceinline__ void send_piece(const half* values, const int64_t* peers,
+                                           const int* rank_of, unsigned first_word, int64_t place,
+                                           int piece) {
+  const Exchange exchange{peers, rank_of, first_word, (int)place};
+  unsigned short bits[8];
+  memcpy(bits, values, 16);
+#pragma unroll
+  for (int e = 0; e < 8; ++e) bits[e] = bits[e] ? bits[e] : 0x8000;
+  uint4 words;
+  memcpy(&words, bits, 16);
+  const int rank = *rank_of;
+#pragma unroll
+  for (int d = 0; d < kRanks; ++d) {
+    const int owner = (rank + 1 + d) % kRanks;
+    send_words(reinterpret_cast<uint4*>(exchange.halves<kRanks, kFeatures>(owner, rank)) + piece,
+               words);
+  }
+}
 
 // x is the RMS norm of `residual` plus the sum over ranks of what `SentOutput` sent, or of one rank plus
 // `y`. Every block computes all of it; each writes a part of the new residual.

@@ -180,16 +180,15 @@ def sum_norm_gemv(
     eps: float,
     ranks: int,
     first_word: int,
-    sent_features: int,
     gated: bool = False,
 ) -> tirx.PrimFunc:
     """As `add_norm_gemv`, with what `send_gemv` has sent on all ranks in place of y.
 
     `(residual, norm, weight, done, x, peers, rank, place, last_place i64) -> (sum, out)`,
     arguments as for those two; `last_place` is that of the sum before, which is cleared for its
-    next use, behind at least two others. `x` [1,sent_features] is that of `send_gemv`, which
-    may still read it while this kernel runs: it is not read here, but its memory must not be that
-    of a result.
+    next use, behind at least two others. `x` is that of `send_gemv`, or the table of `send_row`,
+    which may still read it while this kernel runs: it is not read here, but its memory must not be
+    that of a result.
     Summands are added in rank order, so that all ranks get the same bits.
     """
     k, product = in_features, Product(1, out_features, in_features, group, gated)

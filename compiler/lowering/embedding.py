@@ -7,8 +7,14 @@ from typing import Any
 import tvm
 from tvm import relax, te
 
-from shardwright.compiler.kernels import matmul, quantized
-from shardwright.compiler.lowering.common import Kernels, packing_of, tokens_of
+from shardwright.compiler.kernels import matmul, quantized, send_row
+from shardwright.compiler.lowering.common import (
+    Kernels,
+    packing_of,
+    product_of,
+    tokens_of,
+    value_of,
+)
 from shardwright.compiler.rules import shape_of
 
 
@@ -53,6 +59,23 @@ def lower_q4_embed(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> rela
     if features == words * 8:
         return found
     return relax.op.strided_slice(k.bb.emit(found), [1], [0], [features])
+
+
+def lower_send_embed(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """The look-up of one row, sent to all ranks as a summand: zeros from those without it."""
+    *operands, first = args
+    *table, _ids, peers, _rank, calls, _place = operands
+    sizes = product_of(table, gated=False)
+    kernel = k.kernel(
+        send_row.send_row,
+        table_rows=sizes.out_features,
+        features=sizes.in_features,
+        group=sizes.group,
+        ranks=shape_of(peers)[0] - 1,
+        rows=shape_of(calls)[0],
+        first_word=value_of(first),
+    )
+    return relax.call_tir(kernel, operands, call.ty)
 
 
 def lower_quantized_embed(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:

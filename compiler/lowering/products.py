@@ -197,14 +197,13 @@ def lower_send_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> r
 def lower_sum_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
     """As `lower_add_norm_linear`, of the sum over ranks of what `lower_send_linear` sends."""
     *operands, eps, first = args
-    _residual, _norm, *weight, _done, x, peers, _rank, _place, _last = operands
+    _residual, _norm, *weight, _done, _x, peers, _rank, _place, _last = operands
     kernel = k.kernel(
         gemv_sum.sum_norm_gemv,
         **_normed_shapes(call, weight),
         eps=value_of(eps),
         ranks=shape_of(peers)[0] - 1,
         first_word=value_of(first),
-        sent_features=shape_of(x)[1],
     )
     return relax.call_tir(kernel, operands, list(call.ty.fields))
 
