@@ -2,9 +2,9 @@
 
 With one rank that is `add_rms_norm`. Of one token the product behind the norm computes both, of
 several the product in front adds the residual, and the one behind scales its results. With several
-ranks and one token it is an all-reduce too: then the product whose result is reduced sends its rows
-to all ranks, and the product behind the norm adds what it gets. Runs after the fusions of `fuse.py`
-and `add_peer_functions`.
+ranks it is an all-reduce too. Of one token the product whose result is reduced then sends its rows
+to all ranks, and the product behind the norm adds what it gets. Of several the product in front
+does both before it adds the residual. Runs after the fusions of `fuse.py` and `add_peer_functions`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class _Function:
 
     def added(self, site: _Site) -> int | None:
         """Blocks of the product in front of a site, if it can add the residual."""
-        residual, y, norm, _ = site.args
+        residual, y, norm, *_ = site.args
         product = _product_of(self.values[y], self.params) if self.sent(site) is not None else None
         if product is None or norm not in self.params:
             return None
@@ -135,14 +135,19 @@ def fuse_norm(mod: tvm.IRModule, peer: PeerState | None) -> tvm.IRModule:
 
     Of several rows `add_linear(x, weight, residual, norm) -> (sum, weighted, squares)` in front of
     the norm and `norm_linear(weighted, squares, weight, eps) -> product`, or `norm_gated_linear`,
-    behind it, or the same with four bits; see `gemv_norm.add_gemv`.
+    behind it, or the same with four bits; see `gemv_norm.add_gemv`. With several ranks in front
+    `sum_add_linear(x, weight, residual, norm, peers, rank, first)`, with the same results; `first`
+    is one of `PeerState.several_at`. Sums that are too large for it (`gemv_norm.sums`) stay.
     """
     functions = dict(mod.functions_items())
     for gv, func in mod.functions_items():
-        if gv.name_hint == _ONE + SUFFIX and peer is not None:
+        name = gv.name_hint
+        if name == _ONE + SUFFIX and peer is not None:
             functions[gv] = _fuse_all_reduces(func, peer)
-        elif gv.name_hint.startswith(_DECODE) and not gv.name_hint.endswith(SUFFIX):
-            functions[gv] = _fuse_add_norms(func, gv.name_hint == _ONE)
+        elif name.startswith(_DECODE) and name.endswith(SUFFIX) and peer is not None:
+            functions[gv] = _fuse_several_all_reduces(func, peer)
+        elif name.startswith(_DECODE) and not name.endswith(SUFFIX):
+            functions[gv] = _fuse_add_norms(func, name == _ONE)
     return tvm.IRModule(functions)
 
 
@@ -153,8 +158,7 @@ def _fuse_add_norms(func: relax.Function, one: bool) -> relax.Function:
         return func  # of several ranks, which sum before they add
     found = [site for call in f.calls(_ADD_NORM) if (site := f.site(*call)) is not None]
     if not one:
-        blocks = {site.pair: n for site in found if (n := f.added(site)) is not None}
-        return _fuse_several(func, [site for site in found if site.pair in blocks], blocks)
+        return _fuse_several(func, _added_sites(f, found))
     sites = {site.pair: site for site in found}
 
     def rewrite(rw: Rewriter, var: relax.Var, _call: relax.Call) -> relax.Expr | None:
@@ -168,32 +172,57 @@ def _fuse_add_norms(func: relax.Function, one: bool) -> relax.Function:
     return _run(func, rewrite, {site.product for site in sites.values()})
 
 
+def _added_sites(f: _Function, sites: list[_Site]) -> list[tuple[_Site, int]]:
+    """Those in front of which the product can add the residual, with the blocks of that."""
+    return [(site, blocks) for site in sites if (blocks := f.added(site)) is not None]
+
+
+def _fuse_several_all_reduces(func: relax.Function, peer: PeerState) -> relax.Function:
+    """All that a residual and a norm follow, or none."""
+    f = _Function(func)
+    reduces = f.calls(_REDUCE_ADD_NORM)
+    found = [site for call in reduces if (site := f.site(*call)) is not None]
+    sites = _added_sites(f, found)
+    shapes = {shape_of(site.args[1]) for site, _ in sites}
+    few = all(gemv_norm.sums(tokens, features, peer.ranks) for tokens, features in shapes)
+    # An even number in every step, so that the two places take turns whatever steps follow.
+    if not few or len(sites) != len(reduces) or len(sites) % 2:
+        return func
+    return _fuse_several(func, sites, peer)
+
+
 def _fuse_several(
-    func: relax.Function, sites: list[_Site], blocks: dict[relax.Var, int]
+    func: relax.Function, sites: list[tuple[_Site, int]], peer: PeerState | None = None
 ) -> relax.Function:
     """The product in front of each site adds the residual, the one behind scales its results.
 
-    `blocks` of the first has each site, by its pair.
+    With `peer` the one in front first sums over ranks. With each site are the blocks of the first.
     """
-    in_front = {site.args[1]: site for site in sites}
-    pairs = {site.pair: site for site in sites}
-    behind = {site.product: site for site in sites}
+    in_front = {site.args[1]: (i, site, blocks) for i, (site, blocks) in enumerate(sites)}
+    pairs = {site.pair: site for site, _ in sites}
+    behind = {site.product: site for site, _ in sites}
     if behind.keys() & in_front.keys():
         return func  # no kernel does both
 
     def rewrite(rw: Rewriter, var: relax.Var, call: relax.Call) -> relax.Expr | None:
         if var in in_front:
-            residual, _, norm, _ = in_front[var].args
-            squares = [shape_of(call)[0], blocks[in_front[var].pair]]
-            types = [call.ty, call.ty, relax.TensorType(squares, "float32")]
-            tensors = map(rw.local, (*operands_of(call), residual, norm))
-            return _call(_named("add", call), list(tensors), types)
+            number, site, blocks = in_front[var]
+            residual, _, norm, *others = site.args
+            squares = relax.TensorType([shape_of(call)[0], blocks], "float32")
+            types = [call.ty, call.ty, squares]
+            operands = [*map(rw.local, (*operands_of(call), residual, norm))]
+            if peer is None:
+                return _call(_named("add", call), operands, types)
+            peers, _calls, rank, _eps = others
+            first = relax.prim_value(peer.several_at[number % 2])
+            operands += [rw.local(peers), rw.local(rank), first]
+            return _call(_named("sum_add", call), operands, types)
         if var in pairs:  # the sum, and what takes the norm's place
             all_three = rw.local(pairs[var].args[1])
             both = [rw.bb.emit(relax.TupleGetItem(all_three, i)) for i in range(2)]
             return relax.Tuple(both)
         if var in behind:
-            _, y, _, eps = behind[var].args
+            _, y, *_, eps = behind[var].args
             weighted, *weight = map(rw.local, operands_of(call))
             squares = rw.bb.emit(relax.TupleGetItem(rw.local(y), 2))
             operands = [weighted, squares, *weight, eps]

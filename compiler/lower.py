@@ -52,6 +52,8 @@ LOWERINGS: dict[str, Lowering] = {
     **{f"shardwright.norm_{kind}": products.lower_norm_linear for kind in PRODUCTS},
     "shardwright.add_linear": products.lower_add_linear,
     "shardwright.add_q4_linear": products.lower_add_linear,
+    "shardwright.sum_add_linear": products.lower_sum_add_linear,
+    "shardwright.sum_add_q4_linear": products.lower_sum_add_linear,
     "shardwright.send_linear": products.lower_send_linear,
     "shardwright.send_q4_linear": products.lower_send_linear,
     "shardwright.take_columns": products.lower_take_columns,

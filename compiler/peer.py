@@ -16,6 +16,7 @@ import tvm
 from tvm import relax
 
 from shardwright.compiler.kernels.all_reduce import many_bytes
+from shardwright.compiler.kernels.gemv_mma import MAX_BATCH
 from shardwright.compiler.linear import Rewriter
 from shardwright.compiler.propagate import bindings_of
 from shardwright.compiler.rules import op_name, operands_of, shape_of
@@ -28,7 +29,7 @@ MAX_BYTES = 2 << 20
 
 
 SUM_PLACES = 6
-"""For sums of `fuse_norm`, each [ranks, features] f16."""
+"""For sums of one row of `fuse_norm`, each [ranks, features] f16."""
 
 
 def sum_places(sums: int) -> list[int]:
@@ -62,9 +63,20 @@ class PeerState:
 
     @property
     def sums_at(self) -> int:
-        """Word of the buffer at which the sums of `fuse_norm` begin, at a multiple of 16 bytes."""
+        """Word of the buffer at which the sums of one row begin, at a multiple of 16 bytes."""
         # A flag beside each logit.
         return self.logits_at + 2 * self.ranks * self.rows * self.logits
+
+    @property
+    def several_at(self) -> tuple[int, int]:
+        """Words at which summands of several rows begin, for two sums of `fuse_norm` in turn."""
+        first = self.sums_at + SUM_PLACES * self.ranks * self.features // 2
+        return first, first + self._several_words
+
+    @property
+    def _several_words(self) -> int:
+        rows = min(self.rows, MAX_BATCH)
+        return self.ranks * rows * self.features // 2 if rows > 1 else 0
 
     @property
     def chunk_at(self) -> int:
@@ -73,7 +85,7 @@ class PeerState:
 
     @property
     def _decode_words(self) -> int:
-        return self.sums_at + SUM_PLACES * self.ranks * self.features // 2
+        return self.several_at[1] + self._several_words
 
     @property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], str]]:

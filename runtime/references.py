@@ -237,6 +237,13 @@ def add_product(before: list[Any], after: list[Any], note: Note) -> Pairs:
     ]
 
 
+def sum_add_product(before: list[Any], after: list[Any], note: Note) -> Pairs:
+    """As `add_product`, the summands being elsewhere."""
+    norm, (total, weighted, squares) = before[-7], after[-3:]
+    row = wide(total)
+    return [(weighted, row * wide(norm) / 16), (squares.sum(1), (row**2).sum(1))]
+
+
 def _product_of_norm(
     operands: list[Array], results: list[Array], note: Note
 ) -> tuple[Array, Array]:
@@ -319,6 +326,7 @@ REFERENCES: dict[str, Reference] = {
     "add_norm_gemv": add_norm_product,
     "sum_norm_gemv": sum_norm_product,
     "add_gemv": add_product,
+    "sum_add_gemv": sum_add_product,
     "norm_gemv": norm_product,
     "q4_gemv": matmul,
     "q4_batch": matmul,

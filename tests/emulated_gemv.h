@@ -201,6 +201,16 @@ unsigned masked(unsigned word) { return (word & kMask) | 0x64006400; }
 inline void send_half(unsigned short* to, unsigned short bits) { *to = bits; }
 inline void send_words(uint4* to, uint4 words) { *to = words; }
 inline uint4 look_at_words(const uint4* from) { return *from; }
+// Of ranks that run at the same time.
+template <int kWords>
+void send_words(unsigned* to, const unsigned (&v)[kWords]) {
+  for (int i = 0; i < kWords; ++i) __atomic_store_n(to + i, v[i], __ATOMIC_RELEASE);
+}
+template <int kWords>
+void look_for_words(unsigned (&v)[kWords], const unsigned* from) {
+  for (int i = 0; i < kWords; ++i) v[i] = __atomic_load_n(from + i, __ATOMIC_ACQUIRE);
+  if (!v[0]) std::this_thread::yield();
+}
 template <int kCount>
 void cluster_load(float (&v)[kCount], const float* p, int rank) {
   memcpy(v, reinterpret_cast<char*>(cluster->blocks[rank]->shared.data()) + address(p), sizeof(v));

@@ -144,7 +144,7 @@ def test_several_rows_add_behind_products_and_scale_those_behind_norms(scheme, k
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_several_ranks_send_and_sum(ranks, scheme, kind):
     before, after, peer = fused(CONFIG, ranks, scheme)
-    assert changed(before, after) == {"decode_1_peer"}
+    assert changed(before, after) == {"decode_1_peer", "decode_2_peer"}
     func = after["decode_1_peer"]
     found = calls(func)
     names = [name for name, _, _ in found]
@@ -175,6 +175,45 @@ def test_several_ranks_send_and_sum(ranks, scheme, kind):
         assert item(func, old) == (sums[i - 1][1], 0) if i else is_zero(old)
 
 
+@pytest.mark.parametrize("scheme, kind", SCHEMES)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_ranks_sum_several_rows_behind_products(ranks, scheme, kind):
+    _, after, peer = fused(CONFIG, ranks, scheme)
+    func = after["decode_2_peer"]
+    found = calls(func)
+    names = [name for name, _, _ in found]
+    start = names.index("relax.nn.rms_norm")
+    layer = ["append_attention_joined", "relax.reshape", f"sum_add_{kind}linear"]
+    layer += [f"norm_{kind}gated_linear", f"sum_add_{kind}linear", f"norm_{kind}linear"]
+    assert names[start - 1 :] == [
+        *("peer_all_reduce", "relax.nn.rms_norm", f"{kind}linear"), *layer * 3,
+        *("peer_store_logits", "sample"),
+    ]  # fmt: skip
+    sums = [(v, args) for name, v, args in found if name == f"sum_add_{kind}linear"]
+    products = [args for name, _, args in found if name.startswith("norm")]
+    last = None
+    for i, ((three, added), normed) in enumerate(zip(sums, products, strict=True)):
+        _x, weight, *scale, residual, norm, peers, rank, first = added
+        assert residual == found[start][2][0] if last is None else item(func, residual) == (last, 0)
+        assert [s.name[:-5] for s in scale] == [weight.name.removesuffix("q4")] * (kind != "")
+        assert "norm" in norm.name and (peers.name, rank.name) == ("peers", "rank")
+        # What a sum left is taken before the next but one begins.
+        assert first.value == peer.several_at[i % 2]
+        weighted, squares, *_weight, eps = normed
+        assert item(func, weighted) == (three, 1) and item(func, squares) == (three, 2)
+        assert eps.value == 1e-5
+        last = three
+
+
+def test_sums_of_several_rows_that_are_large_stay(monkeypatch):
+    assert gemv_norm.sums(16, 8192, 4) and not gemv_norm.sums(16, 8192, 8)
+    # Two rows of 256 halves to each of two others.
+    for limit, names in ((2048, {"decode_1_peer", "decode_2_peer"}), (2047, {"decode_1_peer"})):
+        monkeypatch.setattr(gemv_norm, "MAX_SENT", limit)
+        before, after, _ = fused(CONFIG, 3)
+        assert changed(before, after) == names
+
+
 @pytest.mark.parametrize("sums", range(SUM_PLACES, 24))
 def test_places_of_sums_are_used_again_behind_two_others(sums):
     steps = sum_places(sums) * 2
@@ -185,7 +224,7 @@ def test_places_of_sums_are_used_again_behind_two_others(sums):
 def test_all_of_several_ranks_or_none():
     # Too few sums to have places of their own.
     before, after, _ = fused(CONFIG | {"num_hidden_layers": 1}, 2)
-    assert not changed(before, after)
+    assert changed(before, after) == {"decode_2_peer"}
     before, after, _ = fused(CONFIG | {"mlp_bias": True}, 2)
     assert not changed(before, after)
     # One rank fuses what it can: behind attention, but not behind a bias.
@@ -278,6 +317,7 @@ def test_the_kernels_of_several_tokens_compile(group, out_features):
     compiled(
         norm_several=gemv_norm.norm_gemv(**scaled, out_dtype="float32"),
         add_several=gemv_norm.add_gemv(**sizes, tuned=plan),
+        sum_several=gemv_norm.sum_add_gemv(**sizes, tuned=plan, ranks=3),
     )
 
 
@@ -324,8 +364,9 @@ def test_references():
         ("norm_gemv_kernel", [weighted, squares, packed, scale, gated]),
         ("add_gemv_kernel1", added),
         ("add_gemv_kernel", [added[0], dense, *added[3:]]),
+        ("sum_add_gemv_kernel1", [*added[:5], np.zeros(2), np.zeros(1), 0, *added[5:]]),
     ):
-        adds = name.startswith("add_gemv")
+        adds = name.startswith(("add_gemv", "sum_add_gemv"))
         reference, of = references.reference_of(name), {} if adds else note
         assert _compare("x", reference(args, args, of)).passed
         for i in (-1, -2, -3) if adds else (-1,):

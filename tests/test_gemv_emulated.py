@@ -4,8 +4,10 @@
 """
 
 import ctypes
+import itertools
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +137,15 @@ NORMS = {
         (Product(9, 52, 256, 0, True), Tokens(1, 3, 1, 1, 1, 1, False)),
     ),
 }
+# Ranks among which the products in front are summed.
+SUMMED = {
+    "2 tokens": 3,
+    "5 tokens, a tail, clusters in front": 2,
+    "12 tokens, phases behind": 2,
+    "3 tokens, fp16": 4,
+    "16 tokens, fp16, clusters": 2,
+    "9 tokens, fp16, cluster in front, plainly copied": 3,
+}
 EXCHANGE = "const int64_t* peers, const int* rank, unsigned first, int place, int last_place"
 
 
@@ -184,12 +195,27 @@ extern "C" void sum_{i}(const half* residual, const half* y, const half* norm, h
   }});
 }}
 """
-    for i, both in enumerate(NORMS.values()):
+    for i, (name, both) in enumerate(NORMS.items()):
         pieces = BLOCKS * both[0][1].cluster
         in_front, behind = (isinstance(plan, Tokens) for _, plan in both)
         added = "AddedTokens<Z>" if in_front else "AddedOutput<Z>"
         added += "{residual, norm, sum, weighted, squares}"
         added, added_grid = call_of(*both[0], added)
+        if name in SUMMED:
+            summed = "SummedTokens" if in_front else "SummedOutput"
+            summed += f"<Z, {SUMMED[name]}>"
+            summed += "{{residual, norm, sum, weighted, squares}, {peers, rank, first}}"
+            summed, summed_grid = call_of(*both[0], summed)
+            text += f"""
+extern "C" void sum_add_{i}(const half* x, const void* w, const half* scale, const half* residual,
+                            const half* norm, const int64_t* peers, const int* rank, int first,
+                            half* sum, half* weighted, float* squares) {{
+  run_grid({summed_grid}, [&](char* shared) {{
+    using namespace shardwright_gemv;
+    {summed};
+  }});
+}}
+"""
         normed = f"NormedOutput<Z, half, {pieces}>{{squares, 1e-5f, {{out}}}}"
         if behind:
             normed = f"NormedTokens<Z, half, {pieces}>{{{{squares, 1e-5f, {{out}}}}}}"
@@ -326,6 +352,56 @@ def test_residuals_behind_products_and_norms_in_front(library, name):
     out = np.full((tokens, behind.outputs), np.nan, np.float16)
     getattr(library, f"norm_{case}")(*pointers(weighted, squares, weight, scale, out))
     np.testing.assert_allclose(out, want, atol=4e-3 * np.abs(want).max(), rtol=0)
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_sums_of_all_ranks_in_front_of_norms(library, name):
+    ranks, ((front, plan), _) = SUMMED[name], NORMS[name]
+    case, tokens, features = list(NORMS).index(name), front.batch, front.out_features
+    rng = np.random.default_rng(ranks)
+    weights = [random_weight(rng, front) for _ in range(ranks)]
+    norm = rng.standard_normal(features).astype(np.float16)
+    words = ranks * tokens * features // 2
+    buffers = [np.zeros(2 * words + 12, np.uint32) for _ in range(ranks)]
+    peers = np.array([a.ctypes.data for a in (*buffers, np.zeros(1, np.int32))])
+    numbers = [np.array([r], np.int32) for r in range(ranks)]
+
+    def run(r, x, residual, first):
+        results = [np.full((tokens, features), np.nan, np.float16) for _ in range(2)]
+        results.append(np.full((tokens, BLOCKS * plan.cluster), np.nan, np.float32))
+        given = pointers(x[r], *weights[r][:2], residual, norm, peers, numbers[r], first)
+        getattr(library, f"sum_add_{case}")(*given, *pointers(*results))
+        return results
+
+    for step in range(3):
+        x = rng.standard_normal((ranks, tokens, front.in_features)).astype(np.float16)
+        x[:, tokens - 1] = 0  # summands that are zeros
+        residual = rng.standard_normal((tokens, features)).astype(np.float16)
+        first = 8 + step % 2 * words
+        with ThreadPoolExecutor(ranks) as pool:
+            found = [*pool.map(run, range(ranks), *map(itertools.repeat, (x, residual, first)))]
+        summands = [(a.astype(np.float64) @ w[2].T) for a, w in zip(x, weights, strict=True)]
+        more = sum(summands)
+        total, weighted, squares = found[0]
+        atol = 3e-3 * np.abs(summands).max()
+        np.testing.assert_allclose(total, residual + more, rtol=0, atol=atol)
+        wide = total.astype(np.float64)
+        np.testing.assert_array_equal(total[-1], residual[-1])
+        np.testing.assert_allclose(weighted, wide * norm / 16, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(squares.sum(1), (wide**2).sum(1), rtol=1e-5)
+        for other in found[1:]:
+            for a, b in zip(other, found[0], strict=True):
+                np.testing.assert_array_equal(a, b)
+        assert not any(buffer.any() for buffer in buffers)  # ready for the next, nothing else
+    # Of a sum that no other rank sends to: a word says so, and then the lack of its address.
+    give_up = np.ones(1, np.int32)
+    astray = [np.zeros_like(buffer) for buffer in buffers]
+    peers = np.array([buffers[0].ctypes.data, *(a.ctypes.data for a in astray[1:]), 0])
+    peers[-1] = give_up.ctypes.data
+    for _ in range(2):
+        run(0, x, residual, first)
+        assert peers[-1] == 0
+        give_up[0] = 0
 
 
 def test_large_sums_stay_finite(library):

@@ -101,10 +101,13 @@ def test_logits_are_gathered_over_peer_memory(ranks, local, vocab):
     before = decode_logits(ranks, local, vocab)
     state = peer_state(before, ranks, 16)
     assert state == PeerState(ranks=ranks, rows=3, features=8, logits=local)
-    # Two halves of sums, then a logit and a flag for each of a row's, then six sums of a row.
+    # Two halves of sums, then a logit and a flag for each of a row's, then six sums of a row and
+    # two of all.
     words = 2 * ranks * 3 * 8 + 2 * ranks * 3 * local
     assert state.sums_at == words
     words += 6 * ranks * 8 // 2
+    assert state.several_at == (words, words + ranks * 3 * 8 // 2)
+    words += 2 * ranks * 3 * 8 // 2
     assert state.tensors["peer_buffer"] == ((words,), "uint32")
     after = add_peer_functions(before, state)
     tvm.ir.assert_structural_equal(after["decode_3"], before["decode_3"])
@@ -114,6 +117,15 @@ def test_logits_are_gathered_over_peer_memory(ranks, local, vocab):
     *tensors, first = operands_of(stored)
     names = ["new", "last", "peers", "peer_calls", "rank", "logits"]
     assert [x.name for x in tensors] == names and first.value == 2 * ranks * 3 * 8
+
+
+def test_sums_of_several_rows_have_room_for_those_of_the_products():
+    one, most, more = (PeerState(ranks=2, rows=rows, features=64) for rows in (1, 16, 64))
+    assert one.several_at[1] == one.several_at[0] == one.chunk_at
+    for state in (most, more):
+        first, second = state.several_at
+        assert second - first == 2 * 16 * 64 // 2
+        assert state.tensors["peer_buffer"] == ((2 * second - first,), "uint32")
 
 
 def test_logits_that_do_not_go_in_pairs_keep_their_collective():

@@ -1,5 +1,5 @@
 // The outputs of products of several tokens in front of a norm and behind it; gemv_norm.py explains and
-// calls them. Included once in a module, after gemv_mma.cuh.
+// calls them. Included once in a module, after gemv_mma.cuh and patience.cuh.
 #ifndef SHARDWRIGHT_GEMV_NORM
 #define SHARDWRIGHT_GEMV_NORM
 
@@ -8,6 +8,23 @@ namespace shardwright_gemv {
 #ifndef SHARDWRIGHT_EMULATED  // tests on a CPU bring their own of these
 __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+// `kWords` words, one or two, to another GPU's memory or this one's, and a look at what comes so.
+template <int kWords>
+__device__ __forceinline__ void send_words(unsigned* to, const unsigned (&v)[kWords]) {
+  if constexpr (kWords == 2)
+    asm volatile("st.relaxed.sys.global.v2.u32 [%0], {%1,%2};" ::"l"(to), "r"(v[0]), "r"(v[1])
+                 : "memory");
+  else
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(to), "r"(v[0]) : "memory");
+}
+template <int kWords>
+__device__ __forceinline__ void look_for_words(unsigned (&v)[kWords], const unsigned* from) {
+  if constexpr (kWords == 2)
+    asm volatile("ld.relaxed.sys.global.v2.u32 {%0,%1}, [%2];"
+                 : "=r"(v[0]), "=r"(v[1]) : "l"(from) : "memory");
+  else
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v[0]) : "l"(from) : "memory");
 }
 #endif  // SHARDWRIGHT_EMULATED
 
@@ -75,6 +92,118 @@ struct AddedOutput {
     if constexpr (kCount == 4) *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(from);
     else *to = *from;
   }
+};
+
+// Summands of all ranks, `kWords` words of two halves from each, in all ranks' buffers.
+//
+// An element travels alone: where it is to come there is a 0, and who sends a 0 sends -0. The thread
+// that reads it sets it to 0 again. Summands have two places in turn: a rank that has received all of
+// a sum knows that its peers have ended their kernel of the sum before, and so have cleared that.
+//
+// A block first sends all it has and then waits for no more than the same block of the other ranks
+// sends. As its blocks, one to a multiprocessor at most, are all there at once, and kernels in front
+// wait for no later ones, none waits for a block that cannot start.
+template <int kRanks, int kWords>
+struct Summands {
+  const int64_t* peers;  // addresses of the buffers, and of a word that says "give up"
+  const int* rank;
+  int64_t first;  // word of the buffers
+  unsigned *to[kRanks], *own;
+
+  // Where they go; the addresses come while something else is waited for.
+  __device__ __forceinline__ void find() {
+    const int source = *rank;
+    own = reinterpret_cast<unsigned*>(peers[source]) + first;
+#pragma unroll
+    for (int d = 0; d < kRanks; ++d)  // beginning with another rank than the others do
+      to[d] = reinterpret_cast<unsigned*>(peers[(source + 1 + d) % kRanks]) + first + source * kWords;
+  }
+  // Pairs of values, to word `at` of this rank's summands.
+  template <int kCount>
+  __device__ __forceinline__ void send(int at, const half (&values)[kCount]) const {
+    unsigned words[kCount / 2];
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      unsigned word;
+      memcpy(&word, &values[2 * i], 4);
+      words[i] = word | (~((word & 0x7fff7fffu) + 0x7fff7fffu) & 0x80008000u);
+    }
+#pragma unroll
+    for (int d = 0; d < kRanks; ++d) send_words(to[d] + at, words);
+  }
+  // The sums of what all ranks have sent to words `at`, added in their order; where that is
+  // negative, none.
+  template <int kItems, int kCount>
+  __device__ __forceinline__ void receive(const int (&at)[kItems],
+                                          half (&values)[kItems][kCount]) const {
+    shardwright::Patience patience(peers + kRanks);
+    unsigned got[kItems][kRanks][kCount / 2], missing;
+    do {
+      missing = 0;
+#pragma unroll
+      for (int j = 0; j < kItems; ++j)
+#pragma unroll
+        for (int source = 0; source < kRanks; ++source)
+          if (at[j] >= 0) look_for_words(got[j][source], own + source * kWords + at[j]);
+#pragma unroll
+      for (int j = 0; j < kItems; ++j)
+#pragma unroll
+        for (int source = 0; source < kRanks; ++source)
+#pragma unroll
+          for (int i = 0; i < kCount / 2; ++i)
+            if (at[j] >= 0) {
+              const unsigned word = got[j][source][i];
+              missing |= (word - 0x00010001u) & ~word & 0x80008000u;
+            }
+    } while (missing && !patience.ends());
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) {
+      if (at[j] < 0) continue;
+      float totals[kCount] = {};
+      constexpr unsigned kNone[kCount / 2] = {};
+#pragma unroll
+      for (int source = 0; source < kRanks; ++source) {
+        half of_rank[kCount];
+        memcpy(of_rank, got[j][source], kCount * 2);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) totals[i] += __half2float(of_rank[i]);
+        send_words(own + source * kWords + at[j], kNone);
+      }
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[j][i] = __float2half(totals[i]);
+    }
+  }
+};
+
+// As `AddedOutput`, of the sum over ranks of their products.
+template <class Z, int kRanks>
+struct SummedOutput : AddedOutput<Z> {
+  using Base = AddedOutput<Z>;
+  static_assert(Z::kWide == 4, "pairs of values travel");
+  Summands<kRanks, Z::kBatch * Z::kOutputs / 2> summands;
+
+  __device__ __forceinline__ void fetch(int, int) { summands.find(); }
+  __device__ __forceinline__ void put(int i, int, int, const half (&values)[4], float*) const {
+    summands.send(word(i), values);
+  }
+  __device__ __forceinline__ void end(float* of_items, int each, int from, int to) {
+    for (int i = from + threadIdx.x; i < to; i += Z::kThreads) {
+      const int token = i / each, output = (first() + i % each) * 4, at[1] = {word(i)};
+      half values[1][4];
+      Base::fetch(token, output);
+      summands.receive(at, values);
+      Base::put(i, token, output, values[0], of_items);
+    }
+    Base::end(of_items, each, from, to);
+  }
+
+ private:
+  // Of a block's, or cluster's, units of four outputs.
+  static __device__ __forceinline__ int first() {
+    return Z::kOutputs / 4 * (blockIdx.x / Z::kCluster) / Z::kParts;
+  }
+  // What neighbouring threads send is neighbouring.
+  static __device__ __forceinline__ int word(int i) { return (first() * Z::kBatch + i) * 2; }
 };
 
 // The results of a product, whose x is `weighted` of a sum, as if that had been its norm.

@@ -4,8 +4,9 @@
 
 The product in front of a norm adds the residual. Beside the sum it writes that times the norm's
 weight, and each block the squares of its columns, added up. The product behind multiplies what was
-written as any x, and scales its results. So a norm costs no kernel, and nothing waits for it. For
-GPUs with clusters of blocks.
+written as any x, and scales its results. So a norm costs no kernel, and nothing waits for it. With
+several ranks each block in front first sends its results to all of them and takes the sum over
+ranks of the same results, so neither does an all-reduce. For GPUs with clusters of blocks.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ Plan: TypeAlias = gemv_mma.Plan | gemv_tokens.Plan
 SCALES_BYTES = MAX_BATCH * 4
 """Of shared memory, for the tokens' scales behind all else."""
 
+MAX_SENT = 1 << 20
+"""Bytes that a rank may send for a sum over ranks: each of its rows goes to each of the others.
+
+That is 16 rows of 8192 among 5 ranks. More is left to `all_reduce.py`, where each rank sums a part.
+"""
+
 _BESIDE = "gemv_norm.cuh"
 
 
@@ -49,8 +56,13 @@ def scaled_plan(product: Product) -> Plan | None:
     return p
 
 
+def sums(tokens: int, features: int, ranks: int) -> bool:
+    """Whether `sum_add_gemv` is for products of so many rows and columns, among so many ranks."""
+    return features % 8 == 0 and tokens * features * 2 * (ranks - 1) <= MAX_SENT
+
+
 def blocks(product: Product, p: Plan) -> int:
-    """Blocks of `add_gemv`, each of which writes a row's part of `squares`."""
+    """Blocks of `add_gemv` or `sum_add_gemv`, each of which writes a row's part of `squares`."""
     among = gemv_tokens.parts(p) if isinstance(p, gemv_tokens.Plan) else product.parts(p)
     return among * p.cluster
 
@@ -62,7 +74,7 @@ def _function(
     given = f"const half* x, {given}"
     if isinstance(tuned, gemv_tokens.Plan):
         # An output of these may have another as its base.
-        made = made if kind == "add" else f"{{{made}}}"
+        made = f"{{{made}}}" if kind == "norm" else made
         output = f"{output.replace('Output', 'Tokens')}{made}"
         return gemv_tokens.device_function(kind, product, tuned, out_dtype, given, output)
     return device_function(
@@ -125,6 +137,73 @@ def add_gemv(
             )
 
     return with_scale(add_gemv, q4)
+
+
+def sum_add_gemv(
+    *, batch: int, out_features: int, in_features: int, tuned: Plan, group: int, ranks: int
+) -> tirx.PrimFunc:
+    """As `add_gemv`, of the sum over ranks of their products.
+
+    The arguments are followed by `peers [ranks+1] i64, rank [1] i32, first i64`, as for
+    `all_reduce.all_reduce`. Summands go to the ranks' buffers, from word `first` on [ranks, b, N]
+    f16 in an order of their own; `first` is even, and for two sums in turn the memory is not the
+    same. It has zeros before and behind a sum. Summands are added in rank order, so that all ranks
+    get the same bits, and their sum is rounded before the residual is added.
+    """
+    product = Product(batch, out_features, in_features, group)
+    given = "const half* residual, const half* norm, half* sum, half* weighted, float* squares, "
+    given += "const int64_t* peers, const int* rank, int64_t first"
+    made = "{{residual, norm, sum, weighted, squares}, {peers, rank, first}}"
+    output = f"SummedOutput<Z, {ranks}>"
+    f = _function(f"sum_{ranks}", product, tuned, "float16", given, output, made)
+    q4, words, dtype, scales = weight_of(product)
+
+    @T.prim_func(s_tir=True)
+    def sum_add_gemv(
+        x_h: T.handle,
+        w_h: T.handle,
+        scale_h: T.handle,
+        residual_h: T.handle,
+        norm_h: T.handle,
+        peers_h: T.handle,
+        rank_h: T.handle,
+        first: T.int64,
+        sum_h: T.handle,
+        weighted_h: T.handle,
+        squares_h: T.handle,
+    ):
+        T.func_attr(SCHEDULED)
+        x = T.match_buffer(x_h, (batch, in_features), "float16")
+        w = T.match_buffer(w_h, words, dtype)
+        scale = T.match_buffer(scale_h, scales, "float16")
+        residual = T.match_buffer(residual_h, (batch, out_features), "float16")
+        norm = T.match_buffer(norm_h, (out_features,), "float16")
+        peers = T.match_buffer(peers_h, (ranks + 1,), "int64")
+        rank = T.match_buffer(rank_h, (1,), "int32")
+        total = T.match_buffer(sum_h, (batch, out_features), "float16")
+        weighted = T.match_buffer(weighted_h, (batch, out_features), "float16")
+        squares = T.match_buffer(squares_h, (batch, f.blocks), "float32")
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            launch_clusters(
+                f,
+                [
+                    x.data,
+                    residual.data,
+                    norm.data,
+                    total.data,
+                    weighted.data,
+                    squares.data,
+                    peers.data,
+                    rank.data,
+                    first,
+                    w.data,
+                    scale.data if q4 else w.data,
+                ],
+            )
+
+    return with_scale(sum_add_gemv, q4)
 
 
 def norm_gemv(

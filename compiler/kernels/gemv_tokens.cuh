@@ -70,6 +70,7 @@ struct LaneSums {
 template <class Z, class Out>
 struct PlainTokens {
   using Type = Out;
+  static constexpr bool kSends = false;  // what is put comes back as a sum over ranks
   Out* out;
 
   __device__ __forceinline__ void look() {}
@@ -93,6 +94,7 @@ struct PlainTokens {
 template <class Z>
 struct AddedTokens {
   using Type = half;
+  static constexpr bool kSends = false;
   const half *residual, *norm;
   half *sum, *weighted;
   float* squares;  // [tokens, kBlocks]
@@ -142,9 +144,44 @@ struct AddedTokens {
   }
 };
 
+// The same as `SummedOutput`.
+template <class Z, int kRanks>
+struct SummedTokens : AddedTokens<Z> {
+  using Base = AddedTokens<Z>;
+  static constexpr bool kSends = true;
+  Summands<kRanks, Z::kBatch * Z::kOutputs / 2> summands;
+
+  __device__ __forceinline__ void fetch(int, int, int) { summands.find(); }
+  __device__ __forceinline__ void put(int, int token, int output, const half (&values)[2]) const {
+    summands.send(word(token, output), values);
+  }
+  // The sums of a lane's tokens, from column `output` on.
+  __device__ __forceinline__ void take(int output) {
+    int at[Z::kEights];
+    half values[Z::kEights][2];
+#pragma unroll
+    for (int h = 0; h < Z::kEights; ++h) {
+      const int token = threadIdx.x % 32 / 4 + 8 * h;
+      at[h] = token < Z::kBatch ? word(token, output) : -1;
+      if (at[h] >= 0) Base::fetch(h, token, output);
+    }
+    summands.receive(at, values);
+#pragma unroll
+    for (int h = 0; h < Z::kEights; ++h)
+      if (at[h] >= 0) Base::put(h, threadIdx.x % 32 / 4 + 8 * h, output, values[h]);
+  }
+
+ private:
+  // Those of eight tokens are neighbours.
+  static __device__ __forceinline__ int word(int token, int output) {
+    return output / 2 * Z::kBatch + token;
+  }
+};
+
 // The same as `NormedOutput`.
 template <class Z, class Out, int kBlocks>
 struct NormedTokens : NormedOutput<Z, Out, kBlocks> {
+  static constexpr bool kSends = false;
   __device__ __forceinline__ void fetch(int, int, int) {}
   __device__ __forceinline__ void put(int eight, int token, int output,
                                       const Out (&values)[Z::kUnit]) const {
@@ -410,6 +447,13 @@ __device__ __forceinline__ void product_of_tokens(const half* x, const void* wei
         sums.add(of_block);
       }
       finish(tile, sums);
+    }
+  }
+  if constexpr (Output::kSends) {
+    // A warp takes what it has sent, all of which is under way.
+    for (int tile = warp * Z::kCluster + rank; tile < tiles; tile += Z::kWarps * Z::kCluster) {
+      const int output = tile * Z::kTake + lane % 4 * Z::kUnit;
+      if (output < count) output_to.take(first + output);
     }
   }
   output_to.end(scales + Z::kEights * 8);

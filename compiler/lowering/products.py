@@ -163,8 +163,21 @@ def lower_add_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> re
     return relax.call_tir(kernel, args, list(call.ty.fields))
 
 
+def lower_sum_add_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
+    """As `lower_add_linear`, of the sum over ranks of their products."""
+    x, *weight, _residual, _norm, peers, _rank, _first = args
+    product = product_of(weight, gated=False, batch=shape_of(x)[0])
+    kernel = k.kernel(
+        gemv_norm.sum_add_gemv,
+        batch=product.batch,
+        **_planned(product, gemv_norm.added_plan(product)),
+        ranks=shape_of(peers)[0] - 1,
+    )
+    return relax.call_tir(kernel, args, list(call.ty.fields))
+
+
 def lower_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
-    """A product of the norms of several tokens, from what `lower_add_linear` leaves."""
+    """A product of the norms of several tokens, from what the product in front leaves."""
     *tensors, eps = args
     x, squares, *weight = tensors
     product = product_of(weight, gated=_is_gated(call), batch=shape_of(x)[0])
