@@ -103,7 +103,11 @@ def sum_first_norms(mod: tvm.IRModule) -> tvm.IRModule:
         made = rw.value_of(x)
         if made is not None and op_name(made) == "relax.ccl.allreduce":
             made = rw.value_of(made.args[0])
-        if made is None or op_name(made) not in (*_LOOKUPS, "relax.take"):
+        if (
+            made is None
+            or op_name(made) not in (*_LOOKUPS, "relax.take")
+            or weight not in rw.params
+        ):
             return None
         zero = relax.const(np.zeros(shape_of(x), "float16"))
         eps = relax.prim_value(tirx.FloatImm("float64", float(call.attrs.epsilon)))
@@ -241,18 +245,22 @@ def _fuse_all_reduces(func: relax.Function, peer: PeerState) -> relax.Function:
     sent = [y for y in map(f.sent, sites) if y is not None]
     if len(sent) != len(reduces) or len(sent) < SUM_PLACES:
         return func
-    # Nor may a product do both, or anything run between a product that sends and its receiver. A
-    # look-up is moved to where its receiver is.
+    # Nor may a product do both, or anything run between a product that sends and its receiver.
     by_pair = {site.pair: i for i, site in enumerate(sites)}
-    by_sent = {y: i for i, y in enumerate(sent) if not _looks_up(f.values[y])}
-    apart = any(f.place[sites[i].pair] != f.place[y] + 1 for y, i in by_sent.items())
+    by_sent = {y: i for i, y in enumerate(sent)}
+    apart = any(
+        f.place[sites[i].pair] != f.place[y] + 1 and not _looks_up(f.values[y])
+        for y, i in by_sent.items()
+    )
     if apart or {site.product for site in sites} & set(sent):
         return func
     places = sum_places(len(sites))
     at = relax.prim_value(peer.sums_at)
+    received: dict[int, relax.Var] = {}
 
-    def send(rw: Rewriter, number: int, call: relax.Call) -> relax.Call:
-        *_, peers, calls, rank, _eps = sites[number].args
+    def send(rw: Rewriter, number: int) -> relax.Call:
+        _, y, _, peers, calls, rank, _ = sites[number].args
+        call = f.values[y]
         if _looks_up(call):
             *operands, _rank = operands_of(call)
             operands += [peers, rank, calls]
@@ -261,21 +269,26 @@ def _fuse_all_reduces(func: relax.Function, peer: PeerState) -> relax.Function:
         place, done = relax.prim_value(places[number]), relax.TensorType([1], "int32")
         return _call(_named("send", call), [*map(rw.local, operands), place, at], done)
 
+    def receive(rw: Rewriter, number: int) -> relax.Call:
+        residual, y, norm, peers, _calls, rank, eps = sites[number].args
+        weight = operands_of(sites[number].call)[1:]
+        x = operands_of(f.values[y])[-2 if _looks_up(f.values[y]) else 0]  # -2: its ids
+        tensors = map(rw.local, (residual, norm, *weight, y, x, peers, rank))
+        # Before the first sum came the last one of another step.
+        both = (relax.prim_value(places[i]) for i in (number, number - 1))
+        operands = [*tensors, *both, eps, at]
+        return _emit(rw, sites[number], "sum_norm", operands)
+
     def rewrite(rw: Rewriter, var: relax.Var, call: relax.Call) -> relax.Expr | None:
         if var in by_sent:
-            return send(rw, by_sent[var], call)
+            number = by_sent[var]
+            done = rw.vars[var] = rw.bb.emit(send(rw, number))
+            if _looks_up(call):  # All that it needs is there, and nothing comes between.
+                received[number] = rw.bb.emit(receive(rw, number))
+            return done
         if var in by_pair:
             number = by_pair[var]
-            residual, y, norm, peers, _calls, rank, eps = sites[number].args
-            weight = operands_of(sites[number].call)[1:]
-            x = operands_of(f.values[y])[0]
-            if _looks_up(f.values[y]):
-                rw.vars[y] = rw.bb.emit(send(rw, number, f.values[y]))
-            tensors = map(rw.local, (residual, norm, *weight, y, x, peers, rank))
-            # Before the first sum came the last one of another step.
-            both = (relax.prim_value(places[i]) for i in (number, number - 1))
-            operands = [*tensors, *both, eps, at]
-            return _emit(rw, sites[number], "sum_norm", operands)
+            return received[number] if number in received else receive(rw, number)
         return None
 
     return _run(func, rewrite, {site.product for site in sites})

@@ -11,7 +11,7 @@ from tvm import relax
 
 from shardwright.compiler import cuda, fuse
 from shardwright.compiler.fuse_norm import FUSE_NORM_PASS, fuse_norm, sum_first_norms
-from shardwright.compiler.kernels import gemv_mma, gemv_norm, gemv_sum, gemv_tokens, send_row
+from shardwright.compiler.kernels import gemv_mma, gemv_norm, gemv_sum, gemv_tokens, send_embed
 from shardwright.compiler.lower import lower_abstract
 from shardwright.compiler.peer import SUM_PLACES, add_peer_functions, peer_state, sum_places
 from shardwright.compiler.program import partition_program
@@ -151,7 +151,7 @@ def test_several_ranks_send_and_sum(ranks, scheme, kind):
     layer = ["append_attention_joined", "relax.reshape", f"send_{kind}linear"]
     layer += [f"sum_norm_{kind}gated_linear", f"send_{kind}linear", f"sum_norm_{kind}linear"]
     assert names[names.index(f"send_{kind}embed") :] == [
-        *(f"send_{kind}embed", f"sum_norm_{kind}linear"), *layer * 3,
+        *(f"send_{kind}embed", f"sum_norm_{kind}linear", "rotary_table"), *layer * 3,
         *("peer_store_logits", "sample"),
     ]  # fmt: skip
     assert not {"embed", "q4_embed", "peer_all_reduce", "relax.nn.rms_norm"} & {*names}
@@ -161,8 +161,8 @@ def test_several_ranks_send_and_sum(ranks, scheme, kind):
     for i, ((_, sent, send), (_, _pair, args)) in enumerate(zip(sends, sums, strict=True)):
         *send, place, first = send
         if i == 0:  # the look-up
-            x, *scale, ids, peers, at, calls_ = send
-            assert (ids.name, calls_.name, "embed" in x.name) == ("tokens", "peer_calls", True)
+            table, *scale, x, peers, at, calls_ = send
+            assert (x.name, calls_.name, "embed" in table.name) == ("tokens", "peer_calls", True)
         else:
             x, weight, *scale, peers, at = send
             assert [s.name[:-5] for s in scale] == [weight.name.removesuffix("q4")] * (kind != "")
@@ -302,7 +302,7 @@ def test_the_kernels_of_one_token_compile(group):
         add=gemv_sum.add_norm_gemv(**normed, out_dtype="float16", gated=True),
         sum=gemv_sum.sum_norm_gemv(**normed, **peers, out_dtype="float32"),
         send=gemv_sum.send_gemv(**sizes, **peers, out_features=256, tuned=plain),
-        row=send_row.send_row(**peers, table_rows=50, features=256, group=group, rows=2),
+        row=send_embed.send_embed(**peers, table_rows=50, features=256, group=group, rows=2),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import tvm
 from tvm import relax, te
 
-from shardwright.compiler.kernels import matmul, quantized, send_row
+from shardwright.compiler.kernels import matmul, quantized, send_embed
 from shardwright.compiler.lowering.common import (
     Kernels,
     packing_of,
@@ -67,7 +67,7 @@ def lower_send_embed(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> re
     *table, _ids, peers, _rank, calls, _place = operands
     sizes = product_of(table, gated=False)
     kernel = k.kernel(
-        send_row.send_row,
+        send_embed.send_embed,
         table_rows=sizes.out_features,
         features=sizes.in_features,
         group=sizes.group,
