@@ -117,6 +117,7 @@ def lower_abstract(
     functions = {}
     for gv, func in mod.functions_items():
         images = calls_of_images(kernels, func)
+        kernels.decodes = gv.name_hint.startswith("decode_")
         functions[gv.name_hint] = Rewriter(func, lower, bb=bb).run(gv.name_hint)
     out = {gv: f for gv, f in bb.get().functions_items() if not isinstance(f, relax.Function)}
     return tvm.IRModule({**out, **{relax.GlobalVar(name): f for name, f in functions.items()}})

@@ -205,13 +205,13 @@ def add_rms_norm(before: list[Any], after: list[Any], note: Note) -> Pairs:
 
 
 def add_norm_product(before: list[Any], after: list[Any], note: Note) -> Pairs:
-    """`(residual, y, norm, *weight) -> (sum, product of its norm)`, gated where noted."""
-    total = (after[-2], wide(before[0]) + wide(before[1]))
+    """`(residual, y, norm, *weight) -> (product of the sum's norm, sum)`, gated where noted."""
+    total = (after[-1], wide(before[0]) + wide(before[1]))
     return [total, _product_of_norm(before[2:-2], after[-2:], note)]
 
 
 def sum_norm_product(before: list[Any], after: list[Any], note: Note) -> Pairs:
-    """`(residual, norm, *weight, ...) -> (sum, product)`, the summands being elsewhere."""
+    """`(residual, norm, *weight, ...) -> (product, sum)`, the summands being elsewhere."""
     weight_ends = 4 if before[2].dtype == np.uint32 else 3
     return [_product_of_norm(before[1:weight_ends], after[-2:], note)]
 
@@ -249,7 +249,7 @@ def _product_of_norm(
 ) -> tuple[Array, Array]:
     """The product with the norm of the sum as it was rounded: what is, and what should be."""
     norm, *weight = operands
-    total, found = results
+    found, total = results
     scale = 1 / np.sqrt((wide(total) ** 2).mean(1, keepdims=True) + note["eps"])
     x = (wide(total) * scale * wide(norm)).astype(np.float16)
     return matmul([x, *weight, found], [found], note)[0]

@@ -5,6 +5,7 @@ from tvm import relax
 
 from shardwright.compiler import cuda, fuse
 from shardwright.compiler.fuse_norm import FUSE_NORM_PASS
+from shardwright.compiler.linear import is_call
 from shardwright.compiler.lower import LOWERINGS, lower_abstract
 from shardwright.compiler.lowering.common import CUBLAS_PASS, GATED_GEMM_PASS, Q4_GEMM_PASS
 from shardwright.compiler.options import BuildOptions, limits_of
@@ -24,13 +25,13 @@ CONFIG = dict(
 )  # fmt: skip
 
 
-def partitioned(data, folder):
+def partitioned(data, folder, ranks=2):
     _, family = family_of(data)
     config = family.config.from_hf(data)
     options = BuildOptions("", folder, target="cuda", max_batch_size=2)
     scheme = quantization("q4f16_1")
     limits = limits_of(options, config)
-    return partition_program(family.model(config, scheme.dtype), scheme, limits, ranks=2)
+    return partition_program(family.model(config, scheme.dtype), scheme, limits, ranks)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,22 @@ def test_attention_writes_what_the_product_behind_it_reads(tmp_path, head_dim):
     assert ("prefill_attention_image_kernel" in names) == images
     # The others are of norms: one for each layer's attention, one for the first layer's MLP.
     assert names.count("q4_gemm_image_kernel") == (3 if images else 4)
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90a"])
+def test_products_of_decode_steps_write_logits_where_they_stay(tmp_path, arch):
+    program = partitioned(CONFIG, tmp_path, ranks=1)
+    target = cuda.cuda_target((arch,))
+    with target, without_source_context():
+        mod = lower_abstract(program.mod, target)
+    for function, kernel in (("decode_1", "gemv"), ("decode_2", "gemv"), ("prefill", "store")):
+        (logits,) = [param for param in mod[function].params if param.name == "logits"]
+        values = [b.value for b in bindings_of(mod[function])]
+        calls = [v for v in values if is_call(v, "relax.call_tir_inplace")]
+        (writer,) = [c for c in calls if logits in c.args[1].fields]
+        assert kernel in writer.args[0].name_hint
+        place = [*writer.args[1].fields].index(logits)
+        assert int(writer.attrs.inplace_indices[0]) == place
 
 
 @pytest.mark.parametrize("arch", ["sm_89", "sm_90a"])

@@ -69,9 +69,9 @@ def add_norm_gemv(
 ) -> tirx.PrimFunc:
     """A residual's sum and norm, and the product of that with a weight, for one token.
 
-    `(residual [1,K] f16, y [1,K] f16, norm [K] f16, weight [N,K] f16) -> (residual + y [1,K], the
-    product [1,N])`, or with `packed [N,K/8] u32, scale [N,K/group] f16` for `group` > 0. Sums are
-    rounded as by separate kernels; `gated` is as for `gemv_mma`, `tuned` is from `normed_plan`.
+    `(residual [1,K] f16, y [1,K] f16, norm [K] f16, weight [N,K] f16) -> (the product [1,N],
+    residual + y [1,K])`, or with `packed [N,K/8] u32, scale [N,K/group] f16` for `group` > 0. Sums
+    are rounded as by separate kernels; `gated` is as for `gemv_mma`, `tuned` from `normed_plan`.
     """
     k, product = in_features, Product(1, out_features, in_features, group, gated)
     q4, words, dtype, scales = weight_of(product)
@@ -84,8 +84,8 @@ def add_norm_gemv(
         norm_h: T.handle,
         weight_h: T.handle,
         scale_h: T.handle,
-        sum_h: T.handle,
         out_h: T.handle,
+        sum_h: T.handle,
     ):
         T.func_attr(SCHEDULED)
         residual = T.match_buffer(residual_h, (1, k), "float16")
@@ -184,9 +184,9 @@ def sum_norm_gemv(
 ) -> tirx.PrimFunc:
     """As `add_norm_gemv`, with what `send_gemv` has sent on all ranks in place of y.
 
-    `(residual, norm, weight, done, x, peers, rank, place, last_place i64) -> (sum, out)`,
+    `(residual, norm, weight, done, x, peers, rank, place, last_place i64) -> (out, sum)`,
     arguments as for those two; `last_place` is that of the sum before, which is cleared for its
-    next use, behind at least two others. `x` is that of `send_gemv`, or the table of `send_row`,
+    next use, behind at least two others. `x` is that of `send_gemv`, or the ids of `send_embed`,
     which may still read it while this kernel runs: it is not read here, but its memory must not be
     that of a result.
     Summands are added in rank order, so that all ranks get the same bits.
@@ -207,8 +207,8 @@ def sum_norm_gemv(
         rank_h: T.handle,
         place: T.int64,
         last_place: T.int64,
-        sum_h: T.handle,
         out_h: T.handle,
+        sum_h: T.handle,
     ):
         T.func_attr(SCHEDULED)
         residual = T.match_buffer(residual_h, (1, k), "float16")

@@ -15,7 +15,7 @@ THREADS = 128
 """Of a block; each sends eight elements."""
 
 
-def send_row(
+def send_embed(
     *, table_rows: int, features: int, group: int = 0, ranks: int, rows: int, first_word: int
 ) -> tirx.PrimFunc:
     """The row of one token, from the rank that holds it, and zeros from the others.
@@ -31,7 +31,7 @@ def send_row(
     source = cuda_source("gemv_mma.cuh", "gemv_sum.cuh")
 
     @T.prim_func(s_tir=True)
-    def send_row(
+    def send_embed(
         table_h: T.handle,
         scale_h: T.handle,
         ids_h: T.handle,
@@ -88,4 +88,4 @@ def send_row(
                     if piece == 0:
                         calls[0] = calls[0] + 1
 
-    return with_scale(send_row, q4)
+    return with_scale(send_embed, q4)

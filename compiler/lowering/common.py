@@ -50,6 +50,8 @@ class Kernels:
         self.arch = int(str(target.attrs["arch"])[3:]) if cuda else 0
         # Whether the call that is being lowered writes an image; see `images.py`.
         self.image = False
+        # Whether the function that is being lowered is a decode step.
+        self.decodes = False
         self.generated: dict[tuple[Any, ...], relax.GlobalVar] = {}
 
     def kernel(self, generate: Callable[..., Any], **shapes: Any) -> relax.GlobalVar:

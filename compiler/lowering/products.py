@@ -151,7 +151,7 @@ def lower_add_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) 
     *tensors, eps = args
     shapes = _normed_shapes(call, tensors[3:])
     kernel = k.kernel(gemv_sum.add_norm_gemv, **shapes, eps=value_of(eps))
-    return relax.call_tir(kernel, tensors, list(call.ty.fields))
+    return _sum_and_product(k, kernel, tensors, call)
 
 
 def lower_add_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) -> relax.Expr:
@@ -218,7 +218,15 @@ def lower_sum_norm_linear(k: Kernels, call: relax.Call, args: list[relax.Expr]) 
         ranks=shape_of(peers)[0] - 1,
         first_word=value_of(first),
     )
-    return relax.call_tir(kernel, operands, list(call.ty.fields))
+    return _sum_and_product(k, kernel, operands, call)
+
+
+def _sum_and_product(
+    k: Kernels, kernel: relax.GlobalVar, operands: list[relax.Expr], call: relax.Call
+) -> relax.Expr:
+    """Both results of a kernel that gives the product first."""
+    both = k.bb.emit(relax.call_tir(kernel, operands, list(call.ty.fields)[::-1]))
+    return relax.Tuple([k.bb.emit(relax.TupleGetItem(both, i)) for i in (1, 0)])
 
 
 def _normed_shapes(call: relax.Call, weight: list[relax.Expr]) -> dict[str, Any]:
