@@ -31,6 +31,7 @@ CASES = {
     "q4, gated, 10 tokens": (Product(10, 42, 448, 32, True), Plan(128, 1, 2, 1, 2)),
     "q4, group 64, cluster": (Product(2, 17, 896, 64), Plan(128, 1, 2, 1, 1, 2, 2)),
     "q4, gated, 16 tokens, cluster": (Product(16, 96, 2048, 32, True), Plan(128, 2, 2, 2, 2, 2)),
+    "q4, 16 tokens, many rows": (Product(16, 160, 1024, 32), Plan(128, 1, 2, 2, 1)),
     "q4, 12 tokens, phases": (Product(12, 44, 1088, 32), Plan(128, 1, 2, 1, 2, 1, 2)),
     "q4, group 128": (Product(8, 33, 768, 128), Plan(128, 1, 4, 1, 2)),
     # Rings that are used again, threads without a piece, several rows at once.

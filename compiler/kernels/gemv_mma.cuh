@@ -183,10 +183,12 @@ struct Sizes {
   static constexpr int kBarriers = kRing + kBuffers * kBatch * kXPitch;
   static constexpr int kPartial = kBarriers + (kBuffers * kSteps + 1) / 2 * 16;
   // Whether x is put into the order of a four-bit weight on its way there. Else that is done where it
-  // is read, and copies need no registers: so of several phases, and of 5 to 8 tokens, where the one
-  // was seen to cost less than the other.
-  static constexpr bool kOrdered =
-      kQ4 && !kIntegers && kPhases == 1 && (kBatch <= 4 || kTokens8 > 1);
+  // is read, and copies need no registers: so of several phases, of 5 to 8 tokens, and of more than 12
+  // with few rows of a block, where the one was seen to cost less than the other.
+  static constexpr int kMostRows = (kOutputs + kParts - 1) / kParts * (kGated ? 2 : 1);
+  static constexpr bool kReadSeldom = kBatch > 12 && kWhole && kMostRows <= 64;
+  static constexpr bool kOrdered = kQ4 && !kIntegers && kPhases == 1 &&
+                                   (kBatch <= 4 || (kTokens8 > 1 && !kReadSeldom));
   static constexpr int kOutputsOf = kGated ? 8 : 16;      // a tile has
   // Outputs that a thread writes at once.
   static constexpr int kWide = kBatch == 1 || kOutputs % 4 ? 1 : 4;
