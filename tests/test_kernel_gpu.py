@@ -270,7 +270,7 @@ def test_plans_of_rows_cover_the_product_and_fit(gated, whole_x):
         assert gemv_rows.shared_bytes(product, p) <= gemv_mma.SHARED_BYTES_CLUSTERS
         assert p.threads % 32 == 0 and 32 <= p.threads <= gemv_rows.MOST_THREADS
         assert not whole_x or p.threads < pieces + 32
-        assert 1 <= p.ahead <= p.depth and 8 % p.units == 0
+        assert 1 <= p.ahead <= p.window <= p.depth and 8 % p.units == 0
         # Threads without a piece are few.
         assert p.threads <= 32 or -(-pieces // p.threads) * p.threads < 1.2 * max(pieces, p.threads)
 

@@ -16,10 +16,11 @@ __device__ __forceinline__ int dot(unsigned codes, unsigned x, int sum) {
 // Sizes, as `Plan` of gemv_rows.py has them; kGroup is 0 for an fp16 weight. kThreads multiply and 32
 // more copy. kParts blocks divide the outputs.
 template <int kOutputs_, int kInner_, int kGroup_, bool kGated_, int kThreads_, int kUnits_,
-          int kDepth_, int kAhead_, int kParts_>
+          int kDepth_, int kAhead_, int kWindow_, int kParts_>
 struct RowSizes {
   static constexpr int kOutputs = kOutputs_, kInner = kInner_, kThreads = kThreads_;
-  static constexpr int kUnits = kUnits_, kDepth = kDepth_, kAhead = kAhead_, kParts = kParts_;
+  static constexpr int kUnits = kUnits_, kDepth = kDepth_, kAhead = kAhead_;
+  static constexpr int kWindow = kWindow_, kParts = kParts_;
   static constexpr bool kGated = kGated_, kQ4 = kGroup_ > 0;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kElements = kQ4 ? 32 : 8;  // of a piece of 16 bytes
@@ -187,6 +188,9 @@ __device__ __forceinline__ void copy_rows(const char* weight, const char* scale,
   shardwright::phase_wait(looked, 0);
   for (; i < slots; ++i) {
     if (i >= Z::kDepth) shardwright::phase_wait(empty + i % Z::kDepth, (i / Z::kDepth - 1) % 2);
+    const int last = i - Z::kWindow;  // With more under way, x itself would wait behind them.
+    if (Z::kWindow < Z::kDepth && last >= 0)
+      shardwright::phase_wait(full + last % Z::kDepth, last / Z::kDepth % 2);
     issue(i);
   }
   // Sooner its copies would only delay these. What it reads of kernels in front of this one is there,
@@ -245,8 +249,13 @@ __device__ __forceinline__ void product_of_rows(Input input, const void* weight,
     input.stage(staged, 0, arriving);
     Z::meet();
 #pragma unroll
-    for (int j = 0; j < Z::kPer; ++j)
-      x[j].read(staged, j, min(piece + j * Z::kThreads, Z::kRowPieces - 1));
+    for (int j = 0; j < Z::kPer; ++j) {
+      const int at = piece + j * Z::kThreads;
+      x[j].read(staged, j, min(at, Z::kRowPieces - 1));
+      // Threads behind a row's end read its last piece, times 0: without a branch, which would
+      // keep the loads of several rows apart.
+      if (at >= Z::kRowPieces) x[j].factor = x[j].offset = 0.f;
+    }
   } else {
     HeldX<Z> held;
     held.squares = reinterpret_cast<float*>(shared + Z::kSquares);
@@ -265,9 +274,8 @@ __device__ __forceinline__ void product_of_rows(Input input, const void* weight,
       if (i + g >= slots) break;
       shardwright::phase_wait(full + slot, parity);
       const char* const place = shared + slot * Z::kSlot;
-      const char* const mine = place + row * Z::kRowBytes + piece * 16;
-      const char* const scales =
-          place + Z::kScales + row * Z::kScaleRow + piece * Z::kElements / Z::kGroup * 2;
+      const char* const weights = place + row * Z::kRowBytes;
+      const char* const scales = place + Z::kScales + row * Z::kScaleRow;
 #pragma unroll
       for (int u = 0; u < Z::kUnits; ++u) {
         float both[2] = {};
@@ -275,10 +283,13 @@ __device__ __forceinline__ void product_of_rows(Input input, const void* weight,
         for (int j = 0; j < Z::kPer; ++j) {
           constexpr int kAcross = Z::kRows > 1 ? Z::kLanes : Z::kThreads;
           const bool all = (j + 1) * kAcross <= Z::kRowPieces;
-          if (!all && piece + j * Z::kThreads >= Z::kRowPieces) break;
-          const int at = u * Z::kRows, more = j * Z::kThreads;
-          x[j].multiply(both, *reinterpret_cast<const uint4*>(mine + at * Z::kRowBytes + more * 16),
-                        scales + at * Z::kScaleRow + more * Z::kElements / Z::kGroup * 2);
+          int at = piece + j * Z::kThreads;
+          if (!all && Z::kQ4) at = min(at, Z::kRowPieces - 1);
+          else if (!all && at >= Z::kRowPieces) break;
+          x[j].multiply(
+              both,
+              *reinterpret_cast<const uint4*>(weights + u * Z::kRows * Z::kRowBytes + at * 16),
+              scales + u * Z::kRows * Z::kScaleRow + at * Z::kElements / Z::kGroup * 2);
         }
         sums[g * Z::kUnits + u] = both[0] + both[1];
       }

@@ -31,6 +31,7 @@ WARP = 32
 MOST_THREADS = 512  # that multiply
 MOST_PIECES = {0: 8, 4: 2}  # of a row, that a thread has, by the bits of its weight if quantized
 AHEAD = {0: 0.5, 4: 0.35}  # of the ring's places, filled before x is looked at, by the same
+WINDOW = {4: 2}  # places that are under way at a time, by the same; else all
 MIN_Q4_BYTES = 9 << 20
 """Of a four-bit weight; smaller ones are faster in `gemv_mma.py`."""
 _SUMS = 8  # of rows, that threads add up at once; see `RowSizes`
@@ -41,13 +42,15 @@ class Plan:
     """How a product is divided.
 
     `threads` multiply; together they read `units` times at each place of a ring of `depth` places,
-    of which `ahead` are filled before x is looked at.
+    of which `ahead` are filled before x is looked at. At most `window` places wait for their bytes
+    at a time.
     """
 
     threads: int
     units: int
     depth: int
     ahead: int
+    window: int
 
 
 def plan(product: Product, *, whole_x: bool = False) -> Plan | None:
@@ -67,7 +70,9 @@ def plan(product: Product, *, whole_x: bool = False) -> Plan | None:
     for units in (4, 2) if product.gated else (4, 2, 1):
         takes = ceil_div(_most(product), _taken(product, threads, units))
         for depth in range(takes, 0, -1):
-            p = Plan(threads, units, depth, max(1, int(depth * AHEAD[bits] + 0.5)))
+            window = min(depth, WINDOW.get(bits, depth))
+            ahead = min(window, max(1, int(depth * AHEAD[bits] + 0.5)))
+            p = Plan(threads, units, depth, ahead, window)
             if shared_bytes(product, p) <= SHARED_BYTES_CLUSTERS:
                 if depth < min(takes, 3):
                     break  # too few: smaller places
@@ -127,7 +132,7 @@ def shared_bytes(product: Product, p: Plan, blocks: int = 0) -> int:
 def sizes(product: Product, p: Plan, blocks: int = 0) -> str:
     """The arguments of the template `RowSizes` of gemv_rows.cuh; `blocks` replaces `parts`."""
     values = [product.outputs, product.in_features, product.group, int(product.gated)]
-    values += [p.threads, p.units, p.depth, p.ahead, blocks or parts(product)]
+    values += [p.threads, p.units, p.depth, p.ahead, p.window, blocks or parts(product)]
     return ", ".join(map(str, values))
 
 
