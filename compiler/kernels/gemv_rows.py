@@ -32,7 +32,7 @@ MOST_THREADS = 512  # that multiply
 MOST_PIECES = {0: 8, 4: 2}  # of a row, that a thread has, by the bits of its weight if quantized
 AHEAD = {0: 0.5, 4: 0.35}  # of the ring's places, filled before x is looked at, by the same
 WINDOW = {4: 2}  # places that are under way at a time, by the same; else all
-MIN_Q4_BYTES = 9 << 20
+MIN_Q4_BYTES = 6 << 20
 """Of a four-bit weight; smaller ones are faster in `gemv_mma.py`."""
 _SUMS = 8  # of rows, that threads add up at once; see `RowSizes`
 
