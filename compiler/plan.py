@@ -44,13 +44,13 @@ _WORKSPACE_LAYERS = 4  # the last is not like the others: see early_rows.py
 EFFICIENCY = 1.09
 """Speed at which decode kernels read plain weights and the cache, over that of a copy."""
 
-PACKED_EFFICIENCY = 1.04
+PACKED_EFFICIENCY = 1.01
 """The same of quantized weights."""
 
 LAYER_SECONDS = 7e-6
 """A layer's share of a step that no bandwidth shortens: small kernels, starts."""
 
-PACKED_LAYER_SECONDS = 4e-6
+PACKED_LAYER_SECONDS = 2e-6
 """What a layer of quantized weights takes beyond it."""
 
 RANK_SECONDS = 0.5e-6
