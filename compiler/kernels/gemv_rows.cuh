@@ -1,4 +1,5 @@
-// A product of one token, of whose weight a block streams its rows through a ring in shared memory; gemv_rows.py explains and calls it. Included once in a module, after gemv_mma.cuh.
+// A product of one token, of whose weight a block streams its rows through a ring in shared memory;
+// gemv_rows.py explains and calls it. Included once in a module, after gemv_mma.cuh.
 #ifndef SHARDWRIGHT_GEMV_ROWS
 #define SHARDWRIGHT_GEMV_ROWS
 
