@@ -27,7 +27,7 @@ from .gemv_mma import (
     device_function,
     launch_clusters,
 )
-from .gemv_rows import weight_of, with_scale
+from .gemv_rows import weight_of, with_scale, without
 
 Plan: TypeAlias = gemv_mma.Plan | gemv_tokens.Plan
 
@@ -93,50 +93,7 @@ def add_gemv(
     sum * norm / 16, and all `squares` of a row add up to those of its sum. `tuned` is from
     `added_plan`.
     """
-    product = Product(batch, out_features, in_features, group)
-    given = "const half* residual, const half* norm, half* sum, half* weighted, float* squares"
-    made = "{residual, norm, sum, weighted, squares}"
-    f = _function("add", product, tuned, "float16", given, "AddedOutput<Z>", made)
-    q4, words, dtype, scales = weight_of(product)
-
-    @T.prim_func(s_tir=True)
-    def add_gemv(
-        x_h: T.handle,
-        w_h: T.handle,
-        scale_h: T.handle,
-        residual_h: T.handle,
-        norm_h: T.handle,
-        sum_h: T.handle,
-        weighted_h: T.handle,
-        squares_h: T.handle,
-    ):
-        T.func_attr(SCHEDULED)
-        x = T.match_buffer(x_h, (batch, in_features), "float16")
-        w = T.match_buffer(w_h, words, dtype)
-        scale = T.match_buffer(scale_h, scales, "float16")
-        residual = T.match_buffer(residual_h, (batch, out_features), "float16")
-        norm = T.match_buffer(norm_h, (out_features,), "float16")
-        total = T.match_buffer(sum_h, (batch, out_features), "float16")
-        weighted = T.match_buffer(weighted_h, (batch, out_features), "float16")
-        squares = T.match_buffer(squares_h, (batch, f.blocks), "float32")
-        with T.sblock("root"):
-            T.reads()
-            T.writes()
-            launch_clusters(
-                f,
-                [
-                    x.data,
-                    residual.data,
-                    norm.data,
-                    total.data,
-                    weighted.data,
-                    squares.data,
-                    w.data,
-                    scale.data if q4 else w.data,
-                ],
-            )
-
-    return with_scale(add_gemv, q4)
+    return _add_gemv(Product(batch, out_features, in_features, group), tuned, ranks=1)
 
 
 def sum_add_gemv(
@@ -150,16 +107,24 @@ def sum_add_gemv(
     same. It has zeros before and behind a sum. Summands are added in rank order, so that all ranks
     get the same bits, and their sum is rounded before the residual is added.
     """
-    product = Product(batch, out_features, in_features, group)
-    given = "const half* residual, const half* norm, half* sum, half* weighted, float* squares, "
-    given += "const int64_t* peers, const int* rank, int64_t first"
-    made = "{{residual, norm, sum, weighted, squares}, {peers, rank, first}}"
-    output = f"SummedOutput<Z, {ranks}>"
-    f = _function(f"sum_{ranks}", product, tuned, "float16", given, output, made)
+    return _add_gemv(Product(batch, out_features, in_features, group), tuned, ranks)
+
+
+def _add_gemv(product: Product, tuned: Plan, ranks: int) -> tirx.PrimFunc:
+    """`add_gemv` for one rank, `sum_add_gemv` for several."""
+    batch, in_features, out_features = product.batch, product.in_features, product.out_features
+    given = "const half* residual, const half* norm, half* sum, half* weighted, float* squares"
+    kind, output, made = "add", "AddedOutput<Z>", "{residual, norm, sum, weighted, squares}"
+    summed = ranks > 1
+    if summed:
+        given += ", const int64_t* peers, const int* rank, int64_t first"
+        kind, output = f"sum_{ranks}", f"SummedOutput<Z, {ranks}>"
+        made = f"{{{made}, {{peers, rank, first}}}}"
+    f = _function(kind, product, tuned, "float16", given, output, made)
     q4, words, dtype, scales = weight_of(product)
 
     @T.prim_func(s_tir=True)
-    def sum_add_gemv(
+    def add_gemv(
         x_h: T.handle,
         w_h: T.handle,
         scale_h: T.handle,
@@ -195,15 +160,14 @@ def sum_add_gemv(
                     total.data,
                     weighted.data,
                     squares.data,
-                    peers.data,
-                    rank.data,
-                    first,
+                    *([peers.data, rank.data, first] if summed else []),
                     w.data,
                     scale.data if q4 else w.data,
                 ],
             )
 
-    return with_scale(sum_add_gemv, q4)
+    func = add_gemv if summed else without(add_gemv, "peers", "rank", "first")
+    return with_scale(func, q4)
 
 
 def norm_gemv(

@@ -167,9 +167,12 @@ def weight_of(product: Product) -> tuple[bool, tuple[int, int], str, tuple[int, 
 
 def with_scale(func: tirx.PrimFunc, has_scale: bool) -> tirx.PrimFunc:
     """`func`; if there is no scale, without the parameter for it, which then nothing reads."""
-    if has_scale:
-        return func
-    params = [param for param in func.params if param.name != "scale"]
+    return func if has_scale else without(func, "scale")
+
+
+def without(func: tirx.PrimFunc, *names: str) -> tirx.PrimFunc:
+    """`func` without the parameters of these names, which nothing reads."""
+    params = [param for param in func.params if param.name not in names]
     return tirx.PrimFunc(params, func.body, func.ret_type, func.attrs)
 
 
